@@ -1,0 +1,55 @@
+//! One sandbox at a time: create to first result, exec, destroy.
+
+use tokio::time::Instant;
+
+use crate::server::{ServeOptions, Server, Setup};
+use crate::statistics::Spread;
+
+/// Not counted: they fill caches and connections.
+const WARM_UPS: usize = 5;
+
+pub(crate) struct Latency {
+    /// Asked for, made, `true` run, result received.
+    pub(crate) create_and_exec: Spread,
+    pub(crate) create: Spread,
+    /// In a sandbox that runs already.
+    pub(crate) exec: Spread,
+    pub(crate) destroy: Spread,
+}
+
+pub(crate) async fn measure(setup: &Setup, creates: usize, execs: usize) -> anyhow::Result<Latency> {
+    let server = Server::start(setup, "latency", ServeOptions::default()).await?;
+    let (mut create, mut first, mut destroy) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..WARM_UPS + creates {
+        let start = Instant::now();
+        let id = server.create().await?;
+        let made = start.elapsed();
+        server.exec_true(&id).await?;
+        let answered = start.elapsed();
+        let start = Instant::now();
+        server.destroy(&id).await?;
+        let ended = start.elapsed();
+        if round >= WARM_UPS {
+            create.push(made);
+            first.push(answered);
+            destroy.push(ended);
+        }
+    }
+    let id = server.create().await?;
+    let mut exec = Vec::new();
+    for round in 0..WARM_UPS + execs {
+        let start = Instant::now();
+        server.exec_true(&id).await?;
+        if round >= WARM_UPS {
+            exec.push(start.elapsed());
+        }
+    }
+    server.destroy(&id).await?;
+    server.stop().await?;
+    Ok(Latency {
+        create_and_exec: Spread::of(&first),
+        create: Spread::of(&create),
+        exec: Spread::of(&exec),
+        destroy: Spread::of(&destroy),
+    })
+}

@@ -1,0 +1,110 @@
+//! Measures StacyVM beside other runtimes: one run, one machine, the same
+//! image, the same command, and the ratio printed.
+//!
+//! ```text
+//! main ─► server (a real `stacyvm serve`) ─► latency · burst · idle · transfer
+//!    └──► baseline (crun, runc, docker: the same command, the same image)
+//! ```
+//!
+//! Nothing here passes or fails: numbers of a shared machine prove nothing by a
+//! threshold. What to expect, and how to read it, is in `docs/benchmarks.md`.
+
+mod baseline;
+mod burst;
+mod idle;
+mod latency;
+mod report;
+mod server;
+mod statistics;
+mod transfer;
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::report::Report;
+
+#[derive(Debug, Parser)]
+#[command(version, about = "Measures StacyVM beside other runtimes, in one run")]
+struct Arguments {
+    /// The `stacyvm` program, built for release
+    #[arg(long, value_name = "FILE")]
+    stacyvm: Option<PathBuf>,
+    /// Docker archive to import as alpine:latest (scripts/make-test-image.sh)
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+    /// What to measure; everything unless given (repeatable)
+    #[arg(long, value_name = "PART")]
+    only: Vec<Part>,
+    /// Sandboxes created one after the other
+    #[arg(long, default_value_t = 200)]
+    creates: usize,
+    /// Commands run one after the other in a live sandbox
+    #[arg(long, default_value_t = 1000)]
+    execs: usize,
+    /// Idle sandboxes held at once; the full claim is 1000
+    #[arg(long, default_value_t = 200)]
+    idle: usize,
+    /// Size of the file moved through the API, in MiB
+    #[arg(long, default_value_t = 1024)]
+    file_mib: u64,
+    /// Also write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    #[command(subcommand)]
+    helper: Option<Helper>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Create, first exec, exec in a live sandbox, destroy; beside other runtimes
+    Latency,
+    /// One hundred sandboxes asked for at once
+    Burst,
+    /// Memory of idle sandboxes
+    Idle,
+    /// A large file up and down
+    Transfer,
+}
+
+#[derive(Debug, Subcommand)]
+enum Helper {
+    /// Times an OCI runtime from inside a mount namespace of its own.
+    #[command(hide = true)]
+    Runtime { program: PathBuf, bundle: PathBuf, count: usize },
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    if let Some(Helper::Runtime { program, bundle, count }) = &arguments.helper {
+        return baseline::measure_here(program, bundle, *count);
+    }
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(run(arguments))
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let setup = server::Setup::prepare(arguments.stacyvm.as_deref(), arguments.image.as_deref())?;
+    let wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
+    let mut report = Report::new(&setup);
+    print!("{}", report.heading());
+    if wanted(Part::Latency) {
+        let ours = latency::measure(&setup, arguments.creates, arguments.execs).await?;
+        let others = baseline::measure(&setup).await?;
+        report.latency(&ours, others);
+    }
+    if wanted(Part::Burst) {
+        report.burst(&burst::measure(&setup).await?);
+    }
+    if wanted(Part::Idle) {
+        report.idle(&idle::measure(&setup, arguments.idle).await?);
+    }
+    if wanted(Part::Transfer) {
+        report.transfer(&transfer::measure(&setup, arguments.file_mib << 20).await?);
+    }
+    if let Some(path) = arguments.json {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}

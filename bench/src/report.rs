@@ -1,0 +1,144 @@
+//! What was measured, as lines and as JSON.
+
+use std::fs;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use stacyvm_conformance::Census;
+
+use crate::baseline::Baseline;
+use crate::burst::{BURST, Burst};
+use crate::idle::Idle;
+use crate::latency::Latency;
+use crate::server::Setup;
+use crate::statistics::Spread;
+use crate::transfer::Transfer;
+
+/// The numbers that this project promises, printed beside what was measured.
+mod promised {
+    pub(super) const CREATE: &str = "p50 <= 8 ms, p99 <= 40 ms";
+    pub(super) const EXEC: &str = "p50 <= 2 ms";
+    pub(super) const DESTROY: &str = "p50 <= 8 ms";
+    pub(super) const FROM_POOL: &str = "p99 <= 400 ms";
+    pub(super) const FROM_NOTHING: &str = "p99 <= 1500 ms";
+    /// How many times slower another runtime is.
+    pub(super) const RATIOS: [(&str, f64); 3] = [("crun run", 1.3), ("runc run", 4.0), ("docker run", 15.0)];
+}
+
+/// Printed as it grows; serialised as a whole.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    host: Value,
+    results: Vec<Value>,
+}
+
+impl Report {
+    pub(crate) fn new(setup: &Setup) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let cpu = read("/proc/cpuinfo");
+        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name));
+        let memory = read("/proc/meminfo");
+        let memory = memory.lines().next().unwrap_or_default().trim_start_matches("MemTotal:").trim();
+        let host = json!({
+            "kernel": read("/proc/sys/kernel/osrelease").trim(),
+            "cpu": cpu.unwrap_or("unknown"),
+            "cpus": std::thread::available_parallelism().map_or(0, usize::from),
+            "memory": memory,
+            "load": read("/proc/loadavg").split_whitespace().next().unwrap_or_default(),
+            "program": setup.program.display().to_string(),
+        });
+        Self { host, results: Vec::new() }
+    }
+
+    pub(crate) fn heading(&self) -> String {
+        let host = |key: &str| self.host[key].to_string().trim_matches('"').to_owned();
+        format!(
+            "StacyVM benchmarks\n  {} x {}, {}, Linux {}\n  load before: {} (other work on this machine shows in every number)\n\n",
+            host("cpus"),
+            host("cpu"),
+            host("memory"),
+            host("kernel"),
+            host("load"),
+        )
+    }
+
+    pub(crate) fn latency(&mut self, ours: &Latency, others: Vec<Baseline>) {
+        println!("One at a time (REST API; image cached; default network)");
+        println!("{:<38} {:>5} {:>8} {:>8} {:>8} {:>8}   promised", "", "n", "min", "p50", "p95", "p99");
+        self.spread("create -> result of `true`", ours.create_and_exec, promised::CREATE);
+        self.spread("  of this, create", ours.create, "");
+        self.spread("exec /bin/true in a live sandbox", ours.exec, promised::EXEC);
+        self.spread("destroy", ours.destroy, promised::DESTROY);
+        for Baseline { name, outcome } in others {
+            match outcome {
+                Ok(spread) => {
+                    let wanted =
+                        promised::RATIOS.iter().find(|(ratio, _)| *ratio == name).map_or(1.0, |(_, wanted)| *wanted);
+                    let ratio = spread.p50_ms / ours.create_and_exec.p50_ms;
+                    self.spread(name, spread, &format!("we are {ratio:.1} times faster; promised {wanted}"));
+                    self.results
+                        .push(json!({ "name": format!("{name} / create"), "ratio_p50": ratio, "promised": wanted }));
+                }
+                Err(reason) => {
+                    println!("{name:<38} not available: {reason}");
+                    self.results.push(json!({ "name": name, "not_available": reason }));
+                }
+            }
+        }
+        println!();
+    }
+
+    pub(crate) fn burst(&mut self, burst: &Burst) {
+        println!("{BURST} asked for at once, each until its first result");
+        self.spread("namespaces ready for all", burst.from_pool, promised::FROM_POOL);
+        self.spread("no namespaces ready", burst.from_nothing, promised::FROM_NOTHING);
+        println!();
+    }
+
+    pub(crate) fn idle(&mut self, idle: &Idle) {
+        let mib = |kib: f64| kib / 1024.0;
+        println!("{} idle sandboxes (promised: 1000, <= 1 MB each, server < 150 MB)", idle.count);
+        println!("  created in                 {:>8.2} s", idle.created_in.as_secs_f64());
+        println!("  proportional memory each   {:>8.2} MiB", mib(idle.proportional_kib_each));
+        println!("  available memory used each {:>8.2} MiB", mib(idle.available_kib_each));
+        println!("  server, resident           {:>8.1} MiB", mib(idle.server_kib as f64));
+        println!("  destroyed in               {:>8.2} s", idle.destroyed_in.as_secs_f64());
+        println!("  left behind                {}", difference(&idle.before, &idle.after));
+        println!();
+        self.results.push(json!({
+            "name": "idle", "count": idle.count, "created_in_s": idle.created_in.as_secs_f64(),
+            "proportional_kib_each": idle.proportional_kib_each, "available_kib_each": idle.available_kib_each,
+            "server_kib": idle.server_kib, "destroyed_in_s": idle.destroyed_in.as_secs_f64(),
+            "left_behind": difference(&idle.before, &idle.after),
+        }));
+    }
+
+    pub(crate) fn transfer(&mut self, transfer: &Transfer) {
+        let megabytes = transfer.bytes as f64 / 1e6;
+        let up = megabytes / transfer.up.as_secs_f64();
+        let down = megabytes / transfer.down.as_secs_f64();
+        let (before, peak) = (transfer.server_before_kib / 1024, transfer.server_peak_kib / 1024);
+        println!("A file of {megabytes:.0} MB through the API");
+        println!("  up    {up:>8.0} MB/s   promised >= 350");
+        println!("  down  {down:>8.0} MB/s   promised >= 500");
+        println!("  server memory {before} MiB before, {peak} MiB at most");
+        println!();
+        self.results.push(json!({
+            "name": "transfer", "bytes": transfer.bytes, "up_mb_s": up, "down_mb_s": down,
+            "server_before_kib": transfer.server_before_kib, "server_peak_kib": transfer.server_peak_kib,
+        }));
+    }
+
+    fn spread(&mut self, name: &str, spread: Spread, note: &str) {
+        println!(
+            "{name:<38} {:>5} {:>8.2} {:>8.2} {:>8.2} {:>8.2}   {note}",
+            spread.count, spread.min_ms, spread.p50_ms, spread.p95_ms, spread.p99_ms
+        );
+        self.results.push(json!({ "name": name.trim(), "spread": spread, "note": note }));
+    }
+}
+
+fn difference(before: &Census, after: &Census) -> String {
+    let changes = before.changes_to(after);
+    if changes.is_empty() { "nothing".to_owned() } else { changes.join(", ") }
+}

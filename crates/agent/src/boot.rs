@@ -1,0 +1,128 @@
+//! From the launcher's configuration to a running server.
+
+#![expect(unsafe_code, reason = "inherited descriptors, prctl and malloc settings have no safe interface")]
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd};
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::process::Resource;
+use stacyvm_envd::BootConfig;
+use stacyvm_envd::boot::{BOOT_FD, LISTENER_FD, MAX_BOOT_BYTES};
+use tokio::net::UnixListener;
+
+use crate::{Sandbox, lifecycle, serve};
+
+/// Threads for calls that block. They count against the sandbox's process limit
+/// and never end once started, so that file calls work when that is used up.
+const BLOCKING_THREADS: usize = 4;
+const FOREVER: Duration = Duration::from_hours(100 * 365 * 24);
+
+/// Before anything secret is in memory: no core dump, no `ptrace`, no reading of
+/// `/proc/PID` by the same user.
+pub(crate) fn harden() {
+    // SAFETY: prctl and mallopt take plain numbers here; umask cannot fail.
+    unsafe {
+        libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+        // One heap for all threads, given back early: the agent sits idle in
+        // every sandbox.
+        #[cfg(target_env = "gnu")]
+        {
+            libc::mallopt(libc::M_ARENA_MAX, 1);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 10);
+        }
+        libc::umask(0o022);
+    }
+}
+
+/// Reads the configuration and serves until the sandbox ends.
+pub(crate) fn serve() -> io::Result<()> {
+    fill_standard_descriptors()?;
+    let listener = inherited_listener()?;
+    let config = read_config()?;
+    let open_files = raise_open_files();
+    become_reaper();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(FOREVER)
+        .build()?;
+    runtime.block_on(async {
+        let sandbox = Arc::new(Sandbox::new(config, open_files));
+        // The first thread exists before anything can use up the limit.
+        tokio::task::spawn_blocking(|| ()).await.map_err(io::Error::other)?;
+        let listener = UnixListener::from_std(listener)?;
+        tokio::select! {
+            result = serve::accept(listener, Arc::clone(&sandbox)) => result,
+            result = lifecycle::until_ended(sandbox) => result,
+        }
+    })
+}
+
+/// Descriptors 0 to 2 may be closed; a file opened later must not land there.
+fn fill_standard_descriptors() -> io::Result<()> {
+    loop {
+        let null = match rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(null) => null,
+            Err(_) => rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?.0,
+        };
+        if null.as_raw_fd() > 2 {
+            return Ok(());
+        }
+        let _stays_open = null.into_raw_fd();
+    }
+}
+
+fn inherited_listener() -> io::Result<StdUnixListener> {
+    // SAFETY: by contract the launcher passes the listener here, and nothing
+    // else in this program uses the number.
+    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
+        .map_err(|error| io::Error::other(format!("no listening socket on descriptor {LISTENER_FD}: {error}")))?;
+    let listener = StdUnixListener::from(fd);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+fn read_config() -> io::Result<BootConfig> {
+    // SAFETY: as above; the descriptor is closed at the end of this function.
+    let file = unsafe { File::from_raw_fd(BOOT_FD) };
+    let mut json = Vec::new();
+    file.take(MAX_BOOT_BYTES as u64 + 1)
+        .read_to_end(&mut json)
+        .map_err(|error| io::Error::other(format!("no boot configuration on descriptor {BOOT_FD}: {error}")))?;
+    if json.len() > MAX_BOOT_BYTES {
+        return Err(io::Error::other("the boot configuration is too long"));
+    }
+    let config: BootConfig = serde_json::from_slice(&json)
+        .map_err(|error| io::Error::other(format!("the boot configuration is not understood: {error}")))?;
+    if config.token.is_empty() {
+        return Err(io::Error::other("the boot configuration has no token"));
+    }
+    Ok(config)
+}
+
+/// Many commands and connections need many descriptors. Commands get the old
+/// limit back.
+fn raise_open_files() -> Option<libc::rlimit> {
+    let before = rustix::process::getrlimit(Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: before.maximum, maximum: before.maximum };
+    rustix::process::setrlimit(Resource::Nofile, raised).ok()?;
+    let number = |limit: Option<u64>| limit.unwrap_or(libc::RLIM_INFINITY);
+    Some(libc::rlimit { rlim_cur: number(before.current), rlim_max: number(before.maximum) })
+}
+
+/// Orphans become children of this process and the kernel reaps them: nothing
+/// here waits for a child, supervisors report through their connection.
+fn become_reaper() {
+    // SAFETY: sets a disposition and a flag of this process.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+        libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+        libc::setsid();
+    }
+}

@@ -1,0 +1,57 @@
+//! The static program inside every StacyVM sandbox.
+//!
+//! It serves the agent protocol (`crates/envd`, docs/agent-protocol.md) on a
+//! unix socket that it inherits: commands, terminals, files, ports. As PID 1 it
+//! is also the sandbox's init. It needs nothing of the image, neither a C
+//! library nor a shell, and trusts nothing of it.
+//!
+//! - `boot`: from the launcher's configuration to a running server.
+//! - `serve`: connections, the token, routes.
+//! - `rpc`: the Connect services; `web`: the plain HTTP part.
+//! - `process`, `files`, `net`, `console`: what they offer.
+//! - `lifecycle`: signals and the sandbox's own deadline.
+
+mod boot;
+mod bridge;
+mod console;
+mod descriptor;
+mod failure;
+mod files;
+mod lifecycle;
+mod net;
+mod process;
+mod rpc;
+mod sandbox;
+mod serve;
+mod user;
+mod web;
+
+use std::process::ExitCode;
+
+use crate::failure::Failure;
+use crate::sandbox::Sandbox;
+
+const USAGE: &str = "usage: stacyvm-agent serve | connect SOCKET | version";
+
+fn main() -> ExitCode {
+    boot::harden();
+    let arguments: Vec<String> =
+        std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match arguments.as_slice() {
+        ["serve"] => boot::serve(),
+        ["connect", socket] => bridge::connect(socket),
+        ["version"] => {
+            println!("stacyvm-agent {} (envd {})", env!("CARGO_PKG_VERSION"), stacyvm_envd::ENVD_VERSION);
+            Ok(())
+        }
+        _ => Err(std::io::Error::other(USAGE)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stacyvm-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! From what a caller asks for to a running program.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
+use tokio::net::UnixStream;
+use tokio::sync::Notify;
+
+use super::output::OutputKind;
+use super::run::{Pipes, read_report};
+use super::supervisor::{Plan, PlanOptions, Report, Step};
+use super::{Process, StartOptions, State, terminal};
+use crate::descriptor::watch_descriptor;
+use crate::user::Identity;
+use crate::{Failure, Sandbox};
+
+/// Where programs are looked for when nobody says.
+pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Directories of a PATH that are tried.
+const MAX_PATH_DIRS: usize = 128;
+
+pub(super) struct Launched {
+    pub process: Process,
+    pub pipes: Pipes,
+}
+
+/// Starts the program; fails as the caller should read it.
+pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<Launched, Failure> {
+    let program = options.argv.first().filter(|program| !program.is_empty());
+    let program = program.ok_or_else(|| Failure::InvalidArgument("the command is empty".to_owned()))?;
+    let identity = sandbox.identity(options.user.as_deref())?;
+    let workdir = resolve_workdir(sandbox, options.workdir.as_deref(), &identity)?;
+    let env = environment(sandbox, &options.env, &identity);
+
+    let (stdio, ours) = Ours::open(sandbox, options, &identity).map_err(|error| out_of("open pipes", error))?;
+    let (reports, their_reports) = StdUnixStream::pair().map_err(|error| out_of("open a socket pair", error))?;
+    reports.set_nonblocking(true).map_err(|error| out_of("set up a socket", error))?;
+
+    let plan = Plan::new(PlanOptions {
+        candidates: candidates(program, env.get("PATH").map_or(DEFAULT_PATH, String::as_str))?,
+        argv: options.argv.iter().map(|argument| c_string(argument)).collect::<Result<_, _>>()?,
+        env: env.iter().map(|(name, value)| c_string(&format!("{name}={value}"))).collect::<Result<_, _>>()?,
+        workdir: c_string(&workdir)?,
+        terminal: options.terminal.is_some(),
+        identity,
+        stdio,
+        reports: their_reports.into(),
+        open_files: sandbox.open_files,
+    });
+    let supervisor = plan.launch().map_err(|error| out_of("start a process", error))?;
+    let reports = UnixStream::from_std(reports).map_err(|error| out_of("watch a socket", error))?;
+    let pid = match read_report(&reports).await {
+        Some(Report::Started { pid }) => pid,
+        Some(Report::Refused { step, errno }) => return Err(refusal(program, &workdir, step, errno)),
+        Some(Report::Ended { .. }) | None => {
+            return Err(Failure::Internal("the command's supervisor ended at once".to_owned()));
+        }
+    };
+
+    let watched = |fd| watch_descriptor(fd).map_err(|error| out_of("watch a pipe", error));
+    let terminal = ours.terminal.map(watched).transpose()?.map(Arc::new);
+    let mut pipes = Pipes::new();
+    for (kind, fd) in [(OutputKind::Stdout, ours.stdout), (OutputKind::Stderr, ours.stderr)] {
+        if let Some(fd) = fd {
+            pipes.push((kind, Arc::new(watched(fd)?)));
+        }
+    }
+    if let Some(terminal) = &terminal {
+        pipes.push((OutputKind::Terminal, Arc::clone(terminal)));
+    }
+    let process = Process {
+        pid: pid as u32,
+        tag: options.tag.clone(),
+        argv: options.argv.clone(),
+        env: options.env.clone(),
+        workdir: options.workdir.clone(),
+        supervisor,
+        is_init: sandbox.is_init(),
+        reports: Mutex::new(Some(Arc::new(reports))),
+        stdin: tokio::sync::Mutex::new(ours.stdin.map(watched).transpose()?),
+        waiting_inputs: AtomicUsize::new(0),
+        terminal,
+        state: Mutex::new(State::default()),
+        produced: Notify::new(),
+        consumed: Notify::new(),
+        phase_changed: Notify::new(),
+    };
+    Ok(Launched { process, pipes })
+}
+
+/// The agent's ends, not blocking.
+#[derive(Default)]
+struct Ours {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
+}
+
+impl Ours {
+    fn open(sandbox: &Sandbox, options: &StartOptions, identity: &Identity) -> io::Result<([OwnedFd; 3], Self)> {
+        if let Some(size) = options.terminal {
+            let (ours, theirs) = terminal::open(size, identity)?;
+            let stdio = [theirs.try_clone()?, theirs.try_clone()?, theirs];
+            return Ok((stdio, Self { terminal: Some(ours), ..Self::default() }));
+        }
+        let (stdin_read, stdin) = if options.stdin {
+            let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+            rustix::fs::fcntl_setfl(&write, OFlags::NONBLOCK)?;
+            (read, Some(write))
+        } else {
+            (sandbox.empty_input()?, None)
+        };
+        let (stdout, stdout_write) = output_pipe()?;
+        let (stderr, stderr_write) = output_pipe()?;
+        let ours = Self { stdin, stdout: Some(stdout), stderr: Some(stderr), terminal: None };
+        Ok(([stdin_read, stdout_write, stderr_write], ours))
+    }
+}
+
+fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    rustix::fs::fcntl_setfl(&read, OFlags::NONBLOCK)?;
+    Ok((read, write))
+}
+
+/// Checked before the fork: afterwards a missing directory and a missing
+/// program look alike.
+fn resolve_workdir(sandbox: &Sandbox, asked: Option<&str>, identity: &Identity) -> Result<String, Failure> {
+    let Some(asked) = asked.filter(|asked| !asked.is_empty()) else {
+        let workdir = sandbox.workdir();
+        let known = [workdir.as_str(), identity.home.as_str()];
+        return Ok(known.into_iter().find(|dir| Path::new(dir).is_dir()).unwrap_or("/").to_owned());
+    };
+    let path = identity.resolve_path(asked)?;
+    match std::fs::metadata(&path) {
+        Ok(found) if found.is_dir() => path
+            .into_os_string()
+            .into_string()
+            .map_err(|_| Failure::InvalidArgument("the working directory is not UTF-8".to_owned())),
+        Ok(_) => Err(Failure::InvalidArgument(format!("the working directory is not a directory: {}", path.display()))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(Failure::InvalidArgument(format!("the working directory does not exist: {}", path.display())))
+        }
+        Err(error) => Err(Failure::file(&path, &error)),
+    }
+}
+
+fn environment(sandbox: &Sandbox, asked: &BTreeMap<String, String>, identity: &Identity) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::from([
+        ("PATH".to_owned(), DEFAULT_PATH.to_owned()),
+        ("HOME".to_owned(), identity.home.clone()),
+        ("USER".to_owned(), identity.name.clone()),
+        ("LOGNAME".to_owned(), identity.name.clone()),
+    ]);
+    env.extend(sandbox.env());
+    env.extend(asked.iter().map(|(name, value)| (name.clone(), value.clone())));
+    // Neither can exist in an environment.
+    env.retain(|name, _| !name.is_empty() && !name.contains('='));
+    env
+}
+
+fn candidates(program: &str, path: &str) -> Result<Vec<CString>, Failure> {
+    if program.contains('/') {
+        return Ok(vec![c_string(program)?]);
+    }
+    path.split(':')
+        .take(MAX_PATH_DIRS)
+        .map(|dir| if dir.is_empty() { PathBuf::from(".") } else { PathBuf::from(dir) })
+        .map(|dir| c_string(&dir.join(program).to_string_lossy()))
+        .collect()
+}
+
+fn c_string(text: &str) -> Result<CString, Failure> {
+    CString::new(text).map_err(|_| Failure::InvalidArgument("arguments cannot contain a zero byte".to_owned()))
+}
+
+fn refusal(program: &str, workdir: &str, step: Step, errno: i32) -> Failure {
+    let error = Errno::from_raw_os_error(errno);
+    match (step, error) {
+        (Step::Fork, error) => out_of("start a process", error),
+        (_, Errno::NOMEM) => Failure::MemoryExhausted,
+        // setuid under the user's own process limit.
+        (Step::User, Errno::AGAIN) => Failure::PidsExhausted,
+        (Step::Exec, Errno::NOENT | Errno::NOTDIR) => Failure::CommandNotFound(format!("command not found: {program}")),
+        (Step::Exec, Errno::ACCESS | Errno::PERM | Errno::ISDIR) => {
+            Failure::CommandNotFound(format!("not executable: {program}"))
+        }
+        (Step::Exec, Errno::NOEXEC) => Failure::CommandNotFound(format!("not a program of this machine: {program}")),
+        (Step::Exec, Errno::TOOBIG) => {
+            Failure::InvalidArgument("the arguments and the environment are too long".to_owned())
+        }
+        (Step::Workdir, Errno::ACCESS) => Failure::FileForbidden(workdir.to_owned()),
+        (Step::Workdir, error) => Failure::InvalidArgument(format!("the working directory {workdir}: {error}")),
+        (Step::User, error) => Failure::Internal(format!("become the command's user: {error}")),
+        (Step::Session | Step::Terminal, error) => Failure::Internal(format!("set up the command's session: {error}")),
+        (Step::Exec, error) => Failure::Internal(format!("run {program}: {error}")),
+    }
+}
+
+fn out_of(what: &'static str, error: impl Into<io::Error>) -> Failure {
+    let error = error.into();
+    match Errno::from_io_error(&error) {
+        Some(Errno::AGAIN) => Failure::PidsExhausted,
+        Some(Errno::NOMEM) => Failure::MemoryExhausted,
+        Some(Errno::MFILE | Errno::NFILE) => Failure::Busy("too many open files".to_owned()),
+        _ => Failure::Internal(format!("{what}: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_looked_for_as_execvp_does() {
+        let found = candidates("ls", "/a::/b").expect("plain names");
+        assert_eq!(found, [c"/a/ls".to_owned(), c"./ls".to_owned(), c"/b/ls".to_owned()]);
+        assert_eq!(candidates("./x", "/a").expect("a path"), [c"./x".to_owned()]);
+        assert!(matches!(candidates("a\0b", "/a"), Err(Failure::InvalidArgument(_))));
+    }
+
+    #[test]
+    fn refusals_say_what_is_used_up() {
+        let refused = |step, errno: Errno| refusal("x", "/w", step, errno.raw_os_error());
+        assert_eq!(refused(Step::Fork, Errno::AGAIN), Failure::PidsExhausted);
+        assert_eq!(refused(Step::Fork, Errno::NOMEM), Failure::MemoryExhausted);
+        assert!(matches!(refused(Step::Exec, Errno::NOENT), Failure::CommandNotFound(_)));
+    }
+}

@@ -1,0 +1,130 @@
+//! `stacyvm conformance`: the contract suite against a provider or a server.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::{ArgGroup, Args};
+use stacyvm_client::{Client, ClientOptions};
+use stacyvm_conformance::{
+    Check, CheckReport, Format, Observer, ProviderTarget, RunOptions, ServerTarget, Status, Target,
+};
+
+use crate::commands::Context;
+use crate::commands::serve::open_one;
+use crate::config::{self, Environment};
+use crate::data_dir::{self, DataDirLock};
+use crate::output::{Output, Tone, print};
+
+/// Check a runtime, or a whole server, against the contract
+///
+/// With --provider the runtime is driven by this program, without a server, in
+/// a data directory of its own. With --url every check goes through the REST
+/// API of a running server.
+///
+/// Exit status: 0 when nothing failed, 1 otherwise.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("target").required(true).multiple(true))]
+#[command(after_help = "Examples:
+  stacyvm conformance --provider oci --image host
+  stacyvm conformance --url http://127.0.0.1:7423
+  stacyvm conformance --url http://127.0.0.1:7423 --provider mock --only C
+  stacyvm conformance --provider oci --format junit > report.xml")]
+pub(crate) struct ConformanceArgs {
+    /// Provider to check; with --url, the server's provider of that name
+    #[arg(long, group = "target")]
+    provider: Option<String>,
+    /// Server to check
+    #[arg(long, group = "target", value_name = "URL")]
+    url: Option<String>,
+    /// Image to make sandboxes from
+    #[arg(long)]
+    image: Option<String>,
+    /// Only these checks, by id or beginning of ids (repeatable)
+    #[arg(long, value_name = "ID")]
+    only: Vec<String>,
+    /// Form of the report: text, json, junit or markdown
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
+    /// Data directory for --provider; its images are found there
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Configuration file for --provider
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+pub(crate) async fn run(context: &Context, args: ConformanceArgs) -> anyhow::Result<ExitCode> {
+    let json = if context.output.is_json() { Format::Json } else { Format::Text };
+    let format = args.format.unwrap_or(json);
+    let subject = Subject::open(context, &args).await?;
+    let mut options = RunOptions { only: args.only, ..RunOptions::default() };
+    if let Some(image) = args.image {
+        options.image = image;
+    }
+    let watch: &dyn Observer = if format == Format::Text { &Watch(context.output) } else { &() };
+    let result = stacyvm_conformance::run(subject.target.clone(), &options, watch).await;
+    subject.close().await;
+    let report = result?;
+    if format == Format::Text {
+        print(&format!("\n{}\n", report.summary_line()))?;
+        for id in &report.left_behind {
+            print(&format!("left behind: {id}\n"))?;
+        }
+    } else {
+        print(&report.render(format))?;
+    }
+    Ok(if report.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What is checked, and what has to be ended afterwards.
+struct Subject {
+    target: Arc<dyn Target>,
+    provider: Option<(Arc<dyn stacyvm_sandbox::Provider>, DataDirLock)>,
+}
+
+impl Subject {
+    async fn open(context: &Context, args: &ConformanceArgs) -> anyhow::Result<Self> {
+        if let Some(url) = &args.url {
+            let options = ClientOptions { api_key: context.api_key.clone(), ..ClientOptions::new(url.clone()) };
+            let target = ServerTarget::connect(Client::new(&options)?, args.provider.as_deref()).await?;
+            return Ok(Self { target: Arc::new(target), provider: None });
+        }
+        let name = args.provider.as_deref().context("name a provider or a URL")?;
+        let environment = Environment::of_this_process();
+        let config = config::load(args.config.as_deref(), &environment)?.config;
+        let chosen = args.data_dir.as_deref().or(config.top.data_dir.as_deref());
+        let dir = data_dir::resolve(chosen, environment.home.as_deref())?;
+        data_dir::create(&dir)?;
+        let lock = DataDirLock::take(&dir)?;
+        let provider = open_one(name, &config, &dir, &environment).await?;
+        Ok(Self { target: Arc::new(ProviderTarget::new(provider.clone())), provider: Some((provider, lock)) })
+    }
+
+    async fn close(self) {
+        if let Some((provider, _lock)) = self.provider {
+            provider.shutdown().await;
+        }
+    }
+}
+
+/// One line per check, as it ends.
+struct Watch(Output);
+
+impl Observer for Watch {
+    fn finished(&self, _index: usize, _total: usize, result: &CheckReport) {
+        let line = result.text_line();
+        let tone = match result.status {
+            Status::Pass => Tone::Good,
+            Status::Fail => Tone::Bad,
+            Status::Skip => Tone::Faint,
+        };
+        let word = result.status.as_str();
+        let line = line.strip_prefix(word).map_or_else(|| line.clone(), |rest| self.0.paint(tone, word) + rest);
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
+
+    fn started(&self, _index: usize, _total: usize, _check: &Check) {}
+}

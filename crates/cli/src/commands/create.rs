@@ -1,0 +1,88 @@
+//! The options that describe a new sandbox, shared by `run`, `spawn` and
+//! `template save`.
+
+use clap::Args;
+use stacyvm_api::{CreateRequest, Disk, Duration, NetworkMode, NetworkRequest};
+
+use crate::commands::key_value;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sandbox")]
+pub(crate) struct SandboxArgs {
+    /// Image, such as `python:3.12` or `host` (this host's own /usr, read-only)
+    #[arg(long, short = 'i')]
+    pub(crate) image: Option<String>,
+    /// Runtime to use instead of the server's default
+    #[arg(long)]
+    pub(crate) provider: Option<String>,
+    /// How long the sandbox may live, such as 30m or 2h
+    #[arg(long, value_name = "TIME")]
+    pub(crate) ttl: Option<Duration>,
+    /// Memory limit
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory: Option<u64>,
+    /// Processors at most, such as 2 or 0.5
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) vcpus: Option<f64>,
+    /// Size of the writable disk
+    #[arg(long = "disk", value_name = "MIB")]
+    pub(crate) disk_mib: Option<u64>,
+    /// Keep the writable disk in memory, within the memory limit
+    #[arg(long)]
+    pub(crate) disk_in_memory: bool,
+    /// Processes and threads at most
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) pids_limit: Option<u64>,
+    /// What it may reach: `none`, `bridge`, or a network of the runtime
+    #[arg(long, value_name = "MODE")]
+    pub(crate) network: Option<String>,
+    /// Address or range to allow although it is denied by default (repeatable)
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) allow: Vec<String>,
+    /// Environment of every command in the sandbox (repeatable)
+    #[arg(long, short = 'e', value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) env: Vec<(String, String)>,
+    /// User (name or uid) commands run as
+    #[arg(long, short = 'u')]
+    pub(crate) user: Option<String>,
+    /// Note kept with the sandbox (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) metadata: Vec<(String, String)>,
+    /// Whom the sandbox is accounted to
+    #[arg(long, env = "STACYVM_OWNER")]
+    pub(crate) owner: Option<String>,
+    /// Make it although some limits asked for cannot be enforced
+    #[arg(long)]
+    pub(crate) allow_unenforced: bool,
+}
+
+impl SandboxArgs {
+    pub(crate) fn request(&self, template: Option<&str>) -> CreateRequest {
+        CreateRequest {
+            image: self.image.clone(),
+            provider: self.provider.clone(),
+            template: template.map(str::to_owned),
+            memory_mb: self.memory,
+            vcpus: self.vcpus,
+            disk_size_mb: self.disk_mib,
+            disk: self.disk_in_memory.then_some(Disk::Memory),
+            pids_limit: self.pids_limit,
+            ttl: self.ttl,
+            owner_id: self.owner.clone(),
+            metadata: (!self.metadata.is_empty()).then(|| self.metadata.iter().cloned().collect()),
+            env: (!self.env.is_empty()).then(|| self.env.iter().cloned().collect()),
+            user: self.user.clone(),
+            network: self.network_request(),
+            network_mode: None,
+            allow_unenforced: self.allow_unenforced.then_some(true),
+        }
+    }
+
+    pub(crate) fn network_request(&self) -> Option<NetworkRequest> {
+        if self.network.is_none() && self.allow.is_empty() {
+            return None;
+        }
+        let mode = self.network.as_deref().map_or(NetworkMode::Bridge, NetworkMode::parse);
+        Some(NetworkRequest { mode, allow: self.allow.clone() })
+    }
+}

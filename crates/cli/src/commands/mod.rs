@@ -1,0 +1,226 @@
+//! The command line: what can be asked for, one file per subcommand.
+
+mod completion;
+mod conformance;
+mod cp;
+mod create;
+mod events;
+mod exec;
+mod extend;
+mod health;
+mod image;
+mod inspect;
+mod kill;
+mod list;
+mod logs;
+mod ports;
+mod providers;
+mod ps;
+mod run;
+mod serve;
+mod shell;
+mod spawn;
+mod stats;
+mod template;
+mod version;
+
+#[cfg(test)]
+mod docs;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use stacyvm_client::{Client, ClientOptions};
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::output::{Form, Output};
+
+/// Where `stacyvm serve` listens unless told otherwise.
+const DEFAULT_SERVER: &str = "http://127.0.0.1:7423";
+
+/// A computer for every AI agent: sandboxes in milliseconds, from one binary.
+#[derive(Debug, Parser)]
+#[command(
+    name = "stacyvm",
+    version,
+    disable_help_subcommand = true,
+    arg_required_else_help = true,
+    after_help = "Start a server with `stacyvm serve`, then try `stacyvm run --image host -- python3 -c 'print(6*7)'`."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    global: GlobalArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options that every command takes.
+#[derive(Debug, Args)]
+pub(crate) struct GlobalArgs {
+    /// Server to talk to
+    #[arg(long, global = true, env = "STACYVM_URL", default_value = DEFAULT_SERVER, value_name = "URL")]
+    #[arg(help_heading = "Global options", hide_env_values = true)]
+    server: String,
+    /// The server's API key
+    #[arg(long, global = true, env = "STACYVM_API_KEY", value_name = "KEY")]
+    #[arg(help_heading = "Global options", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Print JSON instead of text for people
+    #[arg(long, global = true, help_heading = "Global options")]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(Box<serve::ServeArgs>),
+    Run(Box<run::RunArgs>),
+    Spawn(Box<spawn::SpawnArgs>),
+    Exec(exec::ExecArgs),
+    Shell(shell::ShellArgs),
+    Cp(cp::CpArgs),
+    #[command(visible_alias = "ls")]
+    List(list::ListArgs),
+    #[command(visible_alias = "get")]
+    Inspect(inspect::InspectArgs),
+    #[command(visible_alias = "rm")]
+    Kill(kill::KillArgs),
+    Ps(ps::PsArgs),
+    Logs(logs::LogsArgs),
+    Extend(extend::ExtendArgs),
+    Stats(stats::StatsArgs),
+    Events(events::EventsArgs),
+    Ports(ports::PortsArgs),
+    Template(template::TemplateArgs),
+    Image(image::ImageArgs),
+    Providers(providers::ProvidersArgs),
+    Conformance(conformance::ConformanceArgs),
+    Health(health::HealthArgs),
+    Version(version::VersionArgs),
+    Completion(completion::CompletionArgs),
+}
+
+/// What every command works with.
+#[derive(Debug)]
+pub(crate) struct Context {
+    server: String,
+    api_key: Option<String>,
+    pub(crate) output: Output,
+}
+
+impl Context {
+    pub(crate) fn client(&self) -> anyhow::Result<Client> {
+        let options = ClientOptions { api_key: self.api_key.clone(), ..ClientOptions::new(self.server.clone()) };
+        Ok(Client::new(&options)?)
+    }
+}
+
+impl Cli {
+    /// Servers use every processor; a client has one thing to do.
+    pub(crate) fn runtime(&self) -> std::io::Result<Runtime> {
+        let mut builder = match self.command {
+            Command::Serve(_) | Command::Conformance(_) | Command::Image(_) => Builder::new_multi_thread(),
+            _ => Builder::new_current_thread(),
+        };
+        builder.enable_all().build()
+    }
+
+    pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
+        let Self { global, command } = self;
+        let form = if global.json { Form::Json } else { Form::Human };
+        let context = Context { server: global.server, api_key: global.api_key, output: Output::new(form) };
+        let done = match command {
+            Command::Run(args) => return run::run(&context, *args).await,
+            Command::Conformance(args) => return conformance::run(&context, args).await,
+            Command::Exec(args) => return exec::run(&context, args).await,
+            Command::Shell(args) => return shell::run(&context, args).await,
+            Command::Health(args) => return health::run(&context, &args).await,
+            Command::Serve(args) => serve::run(&context, *args).await,
+            Command::Image(args) => image::run(&context, args).await,
+            Command::Spawn(args) => spawn::run(&context, *args).await,
+            Command::Cp(args) => cp::run(&context, args).await,
+            Command::List(args) => list::run(&context, args).await,
+            Command::Inspect(args) => inspect::run(&context, args).await,
+            Command::Kill(args) => kill::run(&context, args).await,
+            Command::Ps(args) => ps::run(&context, args).await,
+            Command::Logs(args) => logs::run(&context, args).await,
+            Command::Extend(args) => extend::run(&context, args).await,
+            Command::Stats(args) => stats::run(&context, args).await,
+            Command::Events(args) => events::run(&context, args).await,
+            Command::Ports(args) => ports::run(&context, args).await,
+            Command::Template(args) => template::run(&context, args).await,
+            Command::Providers(args) => providers::run(&context, args).await,
+            Command::Version(args) => version::run(&context, &args).await,
+            Command::Completion(args) => completion::run(&args),
+        };
+        done.map(|()| ExitCode::SUCCESS)
+    }
+}
+
+/// `KEY=VALUE`, as `--env` and `--metadata` take it.
+pub(crate) fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("write KEY=VALUE".to_owned()),
+    }
+}
+
+/// The exit status of a command in a sandbox as this program's own.
+pub(crate) fn exit_status(code: i32) -> ExitCode {
+    // Statuses have eight bits; what does not fit is still a failure.
+    ExitCode::from(u8::try_from(code).unwrap_or(255))
+}
+
+/// Is cancelled when this program is told to end (`SIGTERM`, or its terminal
+/// going away).
+pub(crate) fn stop_when_told() -> CancellationToken {
+    let stop = CancellationToken::new();
+    let told = stop.clone();
+    tokio::spawn(async move {
+        let (Ok(mut terminate), Ok(mut hangup)) = (signal(SignalKind::terminate()), signal(SignalKind::hangup()))
+        else {
+            return;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+        told.cancel();
+    });
+    stop
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_explains_itself_with_an_example() {
+        fn check(command: &mut clap::Command) {
+            let nested: Vec<String> = command.get_subcommands().map(|it| it.get_name().to_owned()).collect();
+            for name in nested {
+                check(command.find_subcommand_mut(&name).unwrap());
+            }
+            if !command.has_subcommands() {
+                let help = command.render_long_help().to_string();
+                assert!(help.contains("Examples:\n"), "{}: {help}", command.get_name());
+                assert!(command.get_about().is_some(), "{}", command.get_name());
+            }
+        }
+        check(&mut Cli::command());
+    }
+
+    #[test]
+    fn pairs_need_a_name() {
+        assert_eq!(key_value("A=b=c"), Ok(("A".to_owned(), "b=c".to_owned())));
+        assert!(key_value("A").is_err() && key_value("=b").is_err());
+    }
+}

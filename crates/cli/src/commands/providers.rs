@@ -1,0 +1,80 @@
+//! `stacyvm providers`: the runtimes a server has, and what they lack.
+
+use std::fmt::Write as _;
+
+use clap::Args;
+use stacyvm_api::{Finding, FindingLevel, ProviderDetail, ProviderHealth};
+
+use crate::commands::Context;
+use crate::output::{Output, Tone};
+
+/// List the server's runtimes, or show one with what was found on the host
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  stacyvm providers
+  stacyvm providers oci
+  stacyvm providers --check")]
+pub(crate) struct ProvidersArgs {
+    /// Show this one in full
+    name: Option<String>,
+    /// Look at the host anew first
+    #[arg(long)]
+    check: bool,
+}
+
+pub(crate) async fn run(context: &Context, args: ProvidersArgs) -> anyhow::Result<()> {
+    let client = context.client()?;
+    if args.check {
+        client.test_providers().await?;
+    }
+    if let Some(name) = args.name {
+        let provider = client.provider(&name).await?;
+        return context.output.show(&provider, |provider| page(context.output, provider));
+    }
+    let providers = client.providers().await?;
+    context.output.show(&providers, |providers| table(context.output, providers))
+}
+
+fn health(output: Output, healthy: bool) -> String {
+    if healthy { output.paint(Tone::Good, "healthy") } else { output.paint(Tone::Bad, "unhealthy") }
+}
+
+fn table(output: Output, providers: &[ProviderHealth]) -> String {
+    let rows = providers.iter().map(|provider| {
+        vec![
+            provider.name.clone(),
+            health(output, provider.healthy),
+            if provider.default { "yes".to_owned() } else { "-".to_owned() },
+            provider.runtime_count.map_or_else(|| "-".to_owned(), |count| count.to_string()),
+            provider.error.clone().unwrap_or_else(|| provider.capabilities.join(", ")),
+        ]
+    });
+    output.table(&["NAME", "HEALTH", "DEFAULT", "SANDBOXES", "CAPABILITIES"], rows.collect())
+}
+
+fn page(output: Output, provider: &ProviderDetail) -> String {
+    let default = if provider.default { ", the default" } else { "" };
+    let mut page = format!(
+        "{}: {}{default}, {} sandboxes\n",
+        output.paint(Tone::Strong, &provider.name),
+        health(output, provider.healthy),
+        provider.sandbox_count
+    );
+    for (key, value) in &provider.config {
+        let _ = writeln!(page, "  {key}: {value}");
+    }
+    for finding in &provider.health.findings {
+        page.push_str(&finding_lines(output, finding));
+    }
+    page
+}
+
+fn finding_lines(output: Output, finding: &Finding) -> String {
+    let word = match finding.level {
+        FindingLevel::Ok => output.paint(Tone::Good, "ok  "),
+        FindingLevel::Warning => output.paint(Tone::Warning, "warn"),
+        FindingLevel::Failure => output.paint(Tone::Bad, "fail"),
+    };
+    let fix = finding.fix.as_ref().map(|fix| format!("       fix: {fix}\n")).unwrap_or_default();
+    format!("  {word} {}: {}\n{fix}", finding.name, finding.message)
+}

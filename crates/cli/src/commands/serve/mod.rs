@@ -1,0 +1,250 @@
+//! `stacyvm serve`: the server.
+//!
+//! ```text
+//! configuration ─► data directory (lock, secret) ─► providers ─► engine ─► listening
+//!                                                                             │ SIGINT, SIGTERM
+//!                        engine and providers end ◄── open requests end ◄─────┘
+//! ```
+//!
+//! Ending the server leaves sandboxes and their commands running; the next
+//! start takes them up again. `--destroy-on-exit` destroys them instead.
+
+mod logging;
+mod options;
+mod port;
+mod providers;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use stacyvm_api::{ListQuery, SandboxState};
+use stacyvm_engine::{Caller, Engine};
+use stacyvm_server::{Server, ServerError};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::commands::Context;
+use crate::config::{self, Config, Environment, LogFormat};
+use crate::data_dir::{self, DataDirLock};
+use crate::failure::Advice;
+use crate::output::{Output, json_line, print};
+pub(crate) use options::image_store;
+use providers::Chosen;
+pub(crate) use providers::open_one;
+
+/// Run the server
+///
+/// Listens on 127.0.0.1:7423 and needs no configuration. Settings come from
+/// the file (`--config`, STACYVM_CONFIG, ./stacyvm.yaml, ~/.stacyvm/config.yaml:
+/// the first there is), then from STACYVM_* variables, then from these options.
+///
+/// Ctrl-C or SIGTERM ends the server and leaves sandboxes running; the next
+/// start takes them up again.
+#[derive(Debug, Args)]
+#[command(args_override_self = true)]
+#[command(after_help = "Examples:
+  stacyvm serve
+  stacyvm serve --port 8000 --data-dir ./data --destroy-on-exit
+  STACYVM_AUTH_API_KEY=$(openssl rand -hex 32) stacyvm serve --host 0.0.0.0
+  stacyvm serve --config /etc/stacyvm.yaml --log-format json")]
+pub(crate) struct ServeArgs {
+    /// Configuration file
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Address to listen on; anything but loopback needs a key
+    #[arg(long)]
+    host: Option<String>,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long)]
+    port: Option<u16>,
+    /// Directory of everything the server keeps
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Destroy every sandbox when the server ends
+    #[arg(long)]
+    destroy_on_exit: bool,
+    /// error, warn, info, debug or trace, or a filter such as info,stacyvm_engine=debug
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+    /// Form of the log
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<LogFormatArg>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LogFormatArg {
+    Auto,
+    Json,
+    Pretty,
+}
+
+/// What happens to sandboxes when the server ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AtExit {
+    LeaveRunning,
+    Destroy,
+}
+
+pub(crate) async fn run(context: &Context, args: ServeArgs) -> anyhow::Result<()> {
+    let at_exit = if args.destroy_on_exit { AtExit::Destroy } else { AtExit::LeaveRunning };
+    let environment = Environment::of_this_process();
+    let loaded = config::load(args.config.as_deref(), &environment)?;
+    let mut config = loaded.config;
+    args.apply(&mut config);
+    logging::start(&config.logging)?;
+    if let Some(file) = &loaded.file {
+        tracing::info!(file = %file.display(), "configuration read");
+    }
+    for warning in &loaded.warnings {
+        tracing::warn!(place = %warning.place, "{}", warning.message);
+    }
+    raise_open_files();
+
+    let data_dir = data_dir::resolve(config.top.data_dir.as_deref(), environment.home.as_deref())?;
+    data_dir::create(&data_dir)?;
+    let _lock = DataDirLock::take(&data_dir)?;
+    let secret = data_dir::server_secret(&data_dir)?;
+
+    // From here on a signal is a request to end in order.
+    let mut signals = Signals::listen()?;
+    let chosen = providers::open(&config, &data_dir, &environment).await?;
+    let engine_options = options::engine(&config, &data_dir, secret, &chosen.default);
+    let engine = Engine::start(engine_options, chosen.all.clone()).await.context("cannot start")?;
+    let server = bind(&config, &engine).await?;
+    announce(context.output, &config, server.addresses(), &chosen)?;
+    server.serve(signals.first()).await;
+    end(context.output, &engine, &chosen, at_exit, &mut signals).await
+}
+
+impl ServeArgs {
+    /// Lays the options over the configuration.
+    fn apply(&self, config: &mut Config) {
+        if let Some(host) = &self.host {
+            config.server.host.clone_from(host);
+        }
+        if let Some(port) = self.port {
+            config.server.port = port;
+        }
+        if self.data_dir.is_some() {
+            config.top.data_dir.clone_from(&self.data_dir);
+        }
+        if let Some(level) = &self.log_level {
+            config.logging.level.clone_from(level);
+        }
+        if let Some(format) = self.log_format {
+            config.logging.format = match format {
+                LogFormatArg::Auto => LogFormat::Auto,
+                LogFormatArg::Json => LogFormat::Json,
+                LogFormatArg::Pretty => LogFormat::Pretty,
+            };
+        }
+    }
+}
+
+async fn bind(config: &Config, engine: &Engine) -> anyhow::Result<Server> {
+    match Server::bind(options::server(config), engine.clone()).await {
+        Ok(server) => Ok(server),
+        Err(ServerError::Bind { address, source }) if source.kind() == std::io::ErrorKind::AddrInUse => {
+            let by = port::owner(address.port()).map_or_else(String::new, |owner| format!(" by {owner}"));
+            let message = format!("port {} on {} is taken{by}", address.port(), address.ip());
+            Err(Advice::new(message, "stop what uses it, or pass another --port").into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The first line: where it listens, what makes the sandboxes and why, and who
+/// may call.
+fn announce(output: Output, config: &Config, addresses: &[SocketAddr], chosen: &Chosen) -> anyhow::Result<()> {
+    let urls: Vec<_> = addresses.iter().map(|address| format!("http://{address}")).collect();
+    let auth = config.auth.api_key.is_some() || config.auth.admin_api_key.is_some();
+    if output.is_json() {
+        let line = json!({ "listening": urls, "provider": chosen.default, "reason": chosen.why, "auth": auth });
+        return json_line(&line);
+    }
+    let callers = if auth { "callers need a key" } else { "no key needed, only this machine may call" };
+    print(&format!(
+        "StacyVM {} listens on {}, provider {} ({}), {callers}\n",
+        env!("CARGO_PKG_VERSION"),
+        urls.join(" and "),
+        chosen.default,
+        chosen.why
+    ))?;
+    for trouble in &chosen.troubles {
+        output.note(&format!("warning: {trouble}"));
+    }
+    Ok(())
+}
+
+async fn end(
+    output: Output,
+    engine: &Engine,
+    chosen: &Chosen,
+    at_exit: AtExit,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
+    match at_exit {
+        AtExit::Destroy => {
+            tokio::select! {
+                count = engine.destroy_all() => output.note(&format!("destroyed {count} sandboxes")),
+                () = signals.next() => output.note("interrupted; some sandboxes may still run"),
+            }
+        }
+        AtExit::LeaveRunning => match still_running(engine).await {
+            0 => {}
+            count => output.note(&format!(
+                "{count} sandboxes keep running until their time is up; `stacyvm serve` takes them up again, \
+                 and then `stacyvm kill --all` destroys them"
+            )),
+        },
+    }
+    engine.shutdown().await;
+    for provider in &chosen.all {
+        provider.shutdown().await;
+    }
+    Ok(())
+}
+
+async fn still_running(engine: &Engine) -> usize {
+    match engine.list(&Caller::default(), &ListQuery::default()).await {
+        Ok(page) => page.items.iter().filter(|sandbox| sandbox.state != SandboxState::Error).count(),
+        Err(_) => 0,
+    }
+}
+
+/// Requests to end: `SIGINT` and `SIGTERM`.
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).context("listen for signals");
+        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+
+    async fn first(&mut self) {
+        self.next().await;
+        tracing::info!("ending: open requests may finish, sandboxes are not touched");
+    }
+}
+
+/// Every sandbox takes a few descriptors, and the usual limit is 1,024.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
+}

@@ -1,0 +1,120 @@
+//! The configuration in the terms of the crates that act on it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use stacyvm_api::NetworkMode;
+use stacyvm_engine::{EngineOptions, Limits, Retention, SandboxDefaults, ServerSecret, SpawnOverflow};
+use stacyvm_image::ImageStoreOptions;
+use stacyvm_server::{AdminFallback, ProbeAccess, Secret, ServerOptions};
+
+use crate::commands::version;
+use crate::config::{Config, DatabaseDriver, Environment, OverflowMode};
+use crate::data_dir::SECRET_BYTES;
+
+/// The image store's place in the data directory.
+const IMAGES_DIR: &str = "images";
+
+pub(super) fn engine(
+    config: &Config,
+    data_dir: &Path,
+    secret: [u8; SECRET_BYTES],
+    default_provider: &str,
+) -> EngineOptions {
+    let defaults = &config.defaults;
+    EngineOptions {
+        preview_domain: non_blank(&config.server.preview_domain),
+        defaults: SandboxDefaults {
+            image: defaults.image.clone(),
+            memory_mb: defaults.memory_mb,
+            vcpus: defaults.vcpus,
+            pids_limit: defaults.pids_limit,
+            disk_size_mb: limit(defaults.disk_size_mb),
+            ttl: defaults.ttl.get(),
+            network: defaults.network.as_deref().map(NetworkMode::parse),
+        },
+        limits: Limits {
+            max_sandboxes: limit(defaults.max_sandboxes),
+            max_sandboxes_per_owner: limit(defaults.max_sandboxes_per_owner),
+            max_ttl: time_limit(defaults.max_ttl.get()),
+            default_exec_timeout: time_limit(defaults.default_exec_timeout.get()),
+            max_exec_timeout: time_limit(defaults.max_exec_timeout.get()),
+            max_memory_mb: limit(defaults.max_memory_mb),
+            max_vcpus: (defaults.max_vcpus > 0.0).then_some(defaults.max_vcpus),
+            max_disk_size_mb: limit(defaults.max_disk_size_mb),
+            ..Limits::default()
+        },
+        spawn_overflow: match defaults.spawn_overflow {
+            OverflowMode::Reject => SpawnOverflow::Reject,
+            OverflowMode::Queue => SpawnOverflow::Queue {
+                max_waiters: defaults.max_spawn_queue,
+                timeout: defaults.spawn_queue_timeout.get(),
+            },
+        },
+        retention: Retention {
+            destroyed_sandboxes: config.retention.destroyed_sandboxes.get(),
+            exec_log: config.retention.exec_log.get(),
+            operation_log: config.retention.operation_log.get(),
+            events: config.retention.events,
+        },
+        ..EngineOptions::new(database(config, data_dir), ServerSecret::new(secret), default_provider)
+    }
+}
+
+fn database(config: &Config, data_dir: &Path) -> PathBuf {
+    match config.database.driver {
+        DatabaseDriver::Sqlite => data_dir.join(&config.database.path),
+    }
+}
+
+pub(super) fn server(config: &Config) -> ServerOptions {
+    let key = |secret: &Option<crate::config::Secret>| secret.as_ref().and_then(|secret| Secret::new(secret.expose()));
+    let settings = &config.server;
+    ServerOptions {
+        host: settings.host.clone(),
+        port: settings.port,
+        api_key: key(&config.auth.api_key),
+        admin_api_key: key(&config.auth.admin_api_key),
+        admin_fallback: if config.auth.admin_fallback_enabled {
+            AdminFallback::Enabled
+        } else {
+            AdminFallback::Disabled
+        },
+        probes: if settings.public_probes { ProbeAccess::Public } else { ProbeAccess::Authenticated },
+        allowed_hosts: settings.allowed_hosts.clone(),
+        cors_origins: settings.cors_allowed_origins.clone(),
+        preview_domain: non_blank(&settings.preview_domain),
+        version: version::this(),
+        shutdown_grace: settings.shutdown_timeout.get(),
+        ..ServerOptions::default()
+    }
+}
+
+/// The image store, which `oci` and `stacyvm image` share.
+pub(crate) fn image_store(config: &Config, data_dir: &Path, environment: &Environment) -> ImageStoreOptions {
+    let images = &config.images;
+    let of_home = || {
+        let path = environment.home.as_ref()?.join(".docker/config.json");
+        path.exists().then_some(path)
+    };
+    ImageStoreOptions {
+        max_bytes: images.max_size_mb << 20,
+        docker_config: images.docker_config.clone().or_else(of_home),
+        plain_http_registries: images.plain_http_registries.clone(),
+        ..ImageStoreOptions::new(data_dir.join(IMAGES_DIR))
+    }
+}
+
+fn non_blank(text: &str) -> Option<String> {
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// Zero is "unlimited" in the file.
+fn limit(value: u64) -> Option<u64> {
+    (value > 0).then_some(value)
+}
+
+fn time_limit(value: Duration) -> Option<Duration> {
+    (!value.is_zero()).then_some(value)
+}

@@ -1,0 +1,117 @@
+//! Which runtimes this server has, and which of them is the default.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use stacyvm_image::ImageStore;
+use stacyvm_providers::mock::MockProvider;
+use stacyvm_providers::oci::{BridgeOptions, HostImageOptions, OciOptions, OciProvider};
+use stacyvm_sandbox::Provider;
+
+use super::options::image_store;
+use crate::config::{Config, Environment};
+use crate::failure::Advice;
+
+const AUTO: &str = "auto";
+
+/// Every provider this program can have.
+const KNOWN: [&str; 2] = ["oci", "mock"];
+
+/// The providers of a server.
+pub(super) struct Chosen {
+    pub(super) all: Vec<Arc<dyn Provider>>,
+    pub(super) default: String,
+    /// Why that one, in a few words.
+    pub(super) why: &'static str,
+    /// What keeps the default from making sandboxes, if anything does.
+    pub(super) troubles: Vec<String>,
+}
+
+/// Opens what the configuration enables.
+pub(super) async fn open(config: &Config, data_dir: &Path, environment: &Environment) -> anyhow::Result<Chosen> {
+    let wanted = config.providers.default.as_str();
+    if wanted != AUTO && !KNOWN.contains(&wanted) {
+        return Err(Advice::new(
+            format!("there is no provider `{wanted}`"),
+            format!("set providers.default to auto, {}", KNOWN.join(" or ")),
+        )
+        .into());
+    }
+    let mut all = Vec::new();
+    for name in enabled(config) {
+        all.push(open_one(name, config, data_dir, environment).await?);
+    }
+    let (default, why) = match (wanted, all.first()) {
+        (AUTO, Some(first)) => (first.name().to_owned(), reason(first.name())),
+        (AUTO, None) => {
+            return Err(Advice::new("no provider is enabled", "set providers.oci.enabled to true").into());
+        }
+        (wanted, _) => (wanted.to_owned(), "as configured"),
+    };
+    let mut troubles = Vec::new();
+    for provider in all.iter().filter(|provider| provider.name() == default) {
+        troubles.extend(provider.check().await.reason().map(|why| format!("{default} cannot make sandboxes: {why}")));
+    }
+    Ok(Chosen { all, default, why, troubles })
+}
+
+/// Opens one provider by name, enabled or not.
+pub(crate) async fn open_one(
+    name: &str,
+    config: &Config,
+    data_dir: &Path,
+    environment: &Environment,
+) -> anyhow::Result<Arc<dyn Provider>> {
+    match name {
+        "oci" => {
+            let images = ImageStore::open(image_store(config, data_dir, environment)).await?;
+            let options = OciOptions { images: Some(images), ..oci(config, data_dir, environment) };
+            let provider = OciProvider::open(options).await;
+            Ok(Arc::new(provider.context("the provider oci cannot be used")?))
+        }
+        "mock" => Ok(Arc::new(MockProvider::default())),
+        other => {
+            Err(Advice::new(format!("there is no provider `{other}`"), format!("use {}", KNOWN.join(" or "))).into())
+        }
+    }
+}
+
+/// In the order in which `auto` prefers them. The default is always enabled.
+fn enabled(config: &Config) -> Vec<&'static str> {
+    let switched_on = |name: &str| match name {
+        "oci" => config.oci.enabled,
+        "mock" => config.mock.enabled,
+        _ => false,
+    };
+    KNOWN.into_iter().filter(|name| switched_on(name) || config.providers.default == *name).collect()
+}
+
+fn reason(name: &str) -> &'static str {
+    match name {
+        "oci" => "built in, needs no daemon",
+        _ => "the first that is enabled",
+    }
+}
+
+/// Emptied at boot, and the same for all servers of a user.
+fn default_run_dir(data_dir: &Path, environment: &Environment) -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return PathBuf::from("/run/stacyvm");
+    }
+    environment.get("XDG_RUNTIME_DIR").map_or_else(|| data_dir.join("run"), |dir| Path::new(dir).join("stacyvm"))
+}
+
+fn oci(config: &Config, data_dir: &Path, environment: &Environment) -> OciOptions {
+    let settings = &config.oci;
+    // Devices and rules of the host's network are root's.
+    let bridge = settings.bridge && rustix::process::geteuid().is_root();
+    OciOptions {
+        run_dir: settings.run_dir.clone().unwrap_or_else(|| default_run_dir(data_dir, environment)),
+        host_image: HostImageOptions { include: settings.host_include.iter().map(PathBuf::from).collect() },
+        cgroup_parent: settings.cgroup_parent.clone(),
+        prepared: settings.prepared,
+        bridge: bridge.then_some(BridgeOptions { prepared: settings.prepared_bridge, ..BridgeOptions::default() }),
+        ..OciOptions::new(data_dir)
+    }
+}

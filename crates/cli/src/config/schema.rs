@@ -1,0 +1,271 @@
+//! Every setting: its key, type, default and meaning, in one place.
+//!
+//! A section is a struct whose fields are settings. The macro below makes the
+//! struct, the list of its keys and the code that reads it from one
+//! declaration, so that none of them can fall behind.
+
+use std::path::PathBuf;
+
+use stacyvm_api::Duration;
+
+use crate::config::load::Reader;
+use crate::config::reserved::RESERVED;
+use crate::config::setting::{Secret, Setting, Shape, choice};
+
+/// One setting as documents and messages see it.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) key: &'static str,
+    pub(crate) shape: Shape,
+    /// As it would be written in an environment variable.
+    pub(crate) default: &'static str,
+    /// Lines of the doc comment, for the page.
+    #[cfg(test)]
+    pub(crate) doc: &'static [&'static str],
+}
+
+impl Entry {
+    /// `STACYVM_` and the key in upper case, dots as underscores.
+    pub(crate) fn env_name(&self) -> String {
+        format!("STACYVM_{}", self.key.replace('.', "_").to_uppercase())
+    }
+}
+
+macro_rules! config {
+    ($(
+        $section:ident: $name:ident in $prefix:literal {
+            $( $(#[doc = $doc:literal])+ $field:ident: $type:ty = $default:literal, )+
+        }
+    )+) => {
+        /// The whole configuration, every default applied.
+        #[derive(Debug)]
+        pub(crate) struct Config {
+            $(pub(crate) $section: $name,)+
+        }
+
+        impl Config {
+            /// Reads every setting; what is wrong stays with the reader.
+            pub(crate) fn read(reader: &mut Reader<'_>) -> Self {
+                Self { $($section: $name::read(reader),)+ }
+            }
+        }
+
+        /// Every setting that this version acts on, in the order of the page.
+        pub(crate) fn entries() -> impl Iterator<Item = &'static Entry> {
+            [].iter()$(.chain($name::ENTRIES))+
+        }
+
+        $(
+            #[derive(Debug)]
+            pub(crate) struct $name {
+                $( $(#[doc = $doc])+ pub(crate) $field: $type,)+
+            }
+
+            impl $name {
+                const ENTRIES: &[Entry] = &[$(
+                    Entry {
+                        key: concat!($prefix, stringify!($field)),
+                        shape: <$type as Setting>::SHAPE,
+                        default: $default,
+                        #[cfg(test)]
+                        doc: &[$($doc),+],
+                    },
+                )+];
+
+                fn read(reader: &mut Reader<'_>) -> Self {
+                    let mut entries = Self::ENTRIES.iter();
+                    Self {
+                        $($field: {
+                            let entry = entries.next().expect("one entry per field");
+                            reader.read::<$type>(entry)
+                        },)+
+                    }
+                }
+            }
+        )+
+    };
+}
+
+config! {
+    top: Top in "" {
+        /// Directory of everything the server keeps: database, images, sandboxes, its secret. Made with mode 0700.
+        /// Without it: `/var/lib/stacyvm` as root, `~/.local/share/stacyvm` otherwise.
+        data_dir: Option<PathBuf> = "",
+    }
+
+    server: Server in "server." {
+        /// Address to listen on. Anything but loopback needs a key (`auth.api_key`).
+        host: String = "127.0.0.1",
+        /// Port to listen on; 0 takes a free one.
+        port: u16 = "7423",
+        /// `Host` values to answer to besides loopback: `name`, `name:port` or `*.domain`.
+        allowed_hosts: Vec<String> = "",
+        /// Origins whose pages may call the API, such as `https://app.example.com`; `*` is any, and needs a key.
+        cors_allowed_origins: Vec<String> = "",
+        /// Domain below which ports of sandboxes are shown: `<port>-<sandbox>.<domain>`.
+        preview_domain: String = "localhost",
+        /// Whether `/live`, `/health` and `/ready` answer without a key.
+        public_probes: bool = "true",
+        /// How long open requests may go on once a shutdown was asked for.
+        shutdown_timeout: Duration = "10s",
+    }
+
+    auth: Auth in "auth." {
+        /// Whether callers need a key. Without it: whenever a key is set. `false` beside a key is refused, because it
+        /// would open a server that looks closed.
+        enabled: Option<bool> = "",
+        /// The key callers send as `X-API-Key`.
+        api_key: Option<Secret> = "",
+        /// File that holds the key, instead of `auth.api_key`.
+        api_key_file: Option<PathBuf> = "",
+        /// The key for administration, `X-Admin-API-Key`.
+        admin_api_key: Option<Secret> = "",
+        /// File that holds the admin key, instead of `auth.admin_api_key`.
+        admin_api_key_file: Option<PathBuf> = "",
+        /// Whether the API key also opens administration while there is no admin key.
+        admin_fallback_enabled: bool = "true",
+    }
+
+    providers: Providers in "providers." {
+        /// Provider of sandboxes that name none. `auto` takes `oci` on Linux, else the first that is enabled.
+        default: String = "auto",
+    }
+
+    oci: Oci in "providers.oci." {
+        /// Containers started by this program itself: no daemon.
+        enabled: bool = "true",
+        /// Whether sandboxes can have the network `bridge`. Without it, and for an ordinary user, there is only `none`.
+        bridge: bool = "true",
+        /// Sandboxes with a network that are prepared ahead, so that a creation need not wait.
+        prepared_bridge: usize = "16",
+        /// Sandboxes without a network that are prepared ahead.
+        prepared: usize = "4",
+        /// Directories of the host that image `host` shows read-only besides `/usr`, such as `/opt`; listing
+        /// `/usr/local` or `/usr/src` shows those instead of hiding them.
+        host_include: Vec<String> = "",
+        /// Directory of what all servers of this host have to agree on (user id ranges, network addresses).
+        /// Without it: `/run/stacyvm` as root, `$XDG_RUNTIME_DIR/stacyvm` otherwise.
+        run_dir: Option<PathBuf> = "",
+        /// Name of our group in the host's control group hierarchies.
+        cgroup_parent: String = "stacyvm",
+    }
+
+    mock: Mock in "providers.mock." {
+        /// A fake for tests of clients. It imitates commands and isolates nothing.
+        enabled: bool = "false",
+    }
+
+    images: Images in "images." {
+        /// Size the image cache is kept below, in MiB, by dropping what was used longest ago.
+        max_size_mb: u64 = "51200",
+        /// Docker `config.json` with registry credentials. Without it: `~/.docker/config.json` where there is one.
+        docker_config: Option<PathBuf> = "",
+        /// `HOST[:PORT]` of registries to reach over plain HTTP, besides loopback.
+        plain_http_registries: Vec<String> = "",
+    }
+
+    defaults: Defaults in "defaults." {
+        /// Image of sandboxes that name none. `host` is the host's own `/usr`, read-only.
+        image: String = "alpine:latest",
+        /// Memory limit in MiB.
+        memory_mb: u64 = "1024",
+        /// Processors at most; fractions such as 0.5 are allowed.
+        vcpus: f64 = "1",
+        /// Processes and threads at most.
+        pids_limit: u64 = "1024",
+        /// Size of the writable disk in MiB; 0 takes whatever bound the runtime has.
+        disk_size_mb: u64 = "0",
+        /// What sandboxes may reach: `none` or `bridge`. Without it: `bridge` where the provider has a network.
+        network: Option<String> = "",
+        /// Life of a sandbox that asks for none.
+        ttl: Duration = "30m",
+        /// Longest life that may be asked for; 0 is unlimited.
+        max_ttl: Duration = "24h",
+        /// Deadline of commands that name none; 0 gives them the maximum.
+        default_exec_timeout: Duration = "0s",
+        /// Longest deadline of a command; 0 is unlimited.
+        max_exec_timeout: Duration = "10m",
+        /// Sandboxes at once; 0 is unlimited.
+        max_sandboxes: u64 = "0",
+        /// Sandboxes of one owner at once; 0 is unlimited.
+        max_sandboxes_per_owner: u64 = "0",
+        /// What happens to a create beyond those limits: `reject` it, or `queue` it until there is room.
+        spawn_overflow: OverflowMode = "reject",
+        /// Longest wait in the queue.
+        spawn_queue_timeout: Duration = "30s",
+        /// Creates that may wait at once.
+        max_spawn_queue: usize = "100",
+        /// Largest memory limit that may be asked for, in MiB; 0 is unlimited.
+        max_memory_mb: u64 = "0",
+        /// Most processors that may be asked for; 0 is unlimited.
+        max_vcpus: f64 = "0",
+        /// Largest disk that may be asked for, in MiB; 0 is unlimited.
+        max_disk_size_mb: u64 = "0",
+    }
+
+    retention: Retention in "retention." {
+        /// How long destroyed sandboxes stay in the listing by state.
+        destroyed_sandboxes: Duration = "168h",
+        /// How long finished commands stay in the exec log.
+        exec_log: Duration = "168h",
+        /// How long operations stay in the operation log.
+        operation_log: Duration = "720h",
+        /// Events that can be replayed.
+        events: u64 = "100000",
+    }
+
+    database: Database in "database." {
+        /// Kind of store. This version has `sqlite`.
+        driver: DatabaseDriver = "sqlite",
+        /// File of the store, relative to the data directory.
+        path: PathBuf = "stacyvm.db",
+    }
+
+    logging: Logging in "logging." {
+        /// `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,stacyvm_engine=debug`.
+        level: String = "info",
+        /// `json`, `pretty`, or `auto`: pretty on a terminal, JSON otherwise.
+        format: LogFormat = "auto",
+    }
+}
+
+choice! {
+    OverflowMode { Reject = "reject", Queue = "queue" }
+}
+
+choice! {
+    DatabaseDriver { Sqlite = "sqlite" }
+}
+
+choice! {
+    LogFormat { Auto = "auto", Json = "json", Pretty = "pretty" }
+}
+
+/// Whether a setting of this name exists, with or without an effect.
+pub(crate) fn find(key: &str) -> Option<&'static Entry> {
+    entries().chain(RESERVED.iter().map(|reserved| &reserved.entry)).find(|entry| entry.key == key)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn keys_and_their_environment_names_are_unique() {
+        let all: Vec<_> = entries().chain(RESERVED.iter().map(|reserved| &reserved.entry)).collect();
+        let keys: BTreeSet<_> = all.iter().map(|entry| entry.key).collect();
+        let names: BTreeSet<_> = all.iter().map(|entry| entry.env_name()).collect();
+        assert_eq!((keys.len(), names.len()), (all.len(), all.len()));
+        assert!(names.contains("STACYVM_DEFAULTS_MAX_TTL"), "{names:?}");
+    }
+
+    #[test]
+    fn every_setting_says_what_it_is_for() {
+        for entry in entries() {
+            let doc = entry.doc.concat();
+            assert!(doc.trim().len() > 15 && doc.trim_end().ends_with('.'), "{}: {doc}", entry.key);
+        }
+    }
+}

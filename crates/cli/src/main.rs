@@ -1,0 +1,48 @@
+//! The `stacyvm` program: the server, and the commands that talk to one.
+//!
+//! The only place that names concrete providers and that reads the environment,
+//! the home directory and the terminal. What a command does lives in a file of
+//! its name below `commands`.
+
+mod agent;
+mod commands;
+mod config;
+mod data_dir;
+mod failure;
+mod output;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, FromArgMatches as _};
+
+use crate::commands::Cli;
+
+fn main() -> ExitCode {
+    // Before any thread exists: the spawner forks.
+    if std::env::args_os().nth(1).is_some_and(|name| name == agent::SPAWNER_COMMAND) {
+        agent::spawner();
+    }
+    let matches = Cli::command().get_matches();
+    let cli = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    let runtime = match cli.runtime() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&error.into()),
+    };
+    let result = runtime.block_on(cli.run());
+    // A read of standard input may still wait for a key that nobody presses.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(error) => report(&error),
+    }
+}
+
+fn report(error: &anyhow::Error) -> ExitCode {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stderr(), "{}", failure::text(error));
+    failure::exit_code(error)
+}

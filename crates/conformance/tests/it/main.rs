@@ -1,0 +1,4 @@
+//! The suite against real providers, and against ones that are broken on purpose.
+
+mod broken;
+mod mock;

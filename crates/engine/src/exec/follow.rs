@@ -1,0 +1,239 @@
+//! Reading along with a command until its end.
+//!
+//! Every command has somebody who reads its stream, so that its end is always
+//! recorded: the caller as long as the caller wants, and afterwards a task that
+//! throws the output away.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt as _};
+use stacyvm_sandbox::{AttachRequest, Exit, ProcessEvent, ProcessSelector, ProcessStream, Session, SessionError};
+use tokio::time::Instant;
+
+use super::command::Command;
+use super::{ExecEvent, ExecStream, OutputChannel};
+use crate::EngineError;
+use crate::record::Record;
+use crate::shared::Shared;
+
+/// The agent kills at the deadline; it is not believed for longer than this.
+const DEADLINE_GRACE: Duration = Duration::from_secs(15);
+/// Longest wait for an answer that is not output.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// A broken stream is taken up again this often before it counts as lost.
+const REATTACH_MAX: u32 = 3;
+const REATTACH_PAUSE: Duration = Duration::from_millis(200);
+const SIGKILL: i32 = 9;
+
+pub(super) struct Follower {
+    shared: Arc<Shared>,
+    record: Arc<Record>,
+    command: Arc<Command>,
+    session: Arc<dyn Session>,
+    inner: ProcessStream,
+    /// Bytes of output seen.
+    offset: u64,
+    reattached: u32,
+    /// When the command is overdue.
+    overdue_at: Option<Instant>,
+    phase: Phase,
+    /// Reads for nobody; nobody takes over from it.
+    draining: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Following,
+    /// It ended; that is to be recorded and told.
+    Ending(Exit),
+    Done,
+}
+
+/// What a reader begins with.
+pub(super) struct Follow {
+    pub(super) shared: Arc<Shared>,
+    pub(super) record: Arc<Record>,
+    pub(super) command: Arc<Command>,
+    pub(super) session: Arc<dyn Session>,
+    pub(super) inner: ProcessStream,
+    pub(super) offset: u64,
+}
+
+impl Follower {
+    pub(super) fn new(follow: Follow) -> Self {
+        let Follow { shared, record, command, session, inner, offset } = follow;
+        command.followers.fetch_add(1, Ordering::Relaxed);
+        let left = |deadline: Duration| deadline.saturating_sub(command.elapsed(shared.now())) + DEADLINE_GRACE;
+        let overdue_at = command.deadline.map(|deadline| Instant::now() + left(deadline));
+        Self {
+            shared,
+            record,
+            command,
+            session,
+            inner,
+            offset,
+            reattached: 0,
+            overdue_at,
+            phase: Phase::Following,
+            draining: false,
+        }
+    }
+
+    pub(super) fn into_stream(self) -> ExecStream {
+        ExecStream::new(stream::unfold(self, |mut follower| async move {
+            let item = follower.next().await?;
+            Some((item, follower))
+        }))
+    }
+
+    /// Reads to the end for nobody.
+    pub(super) fn drain(mut self) -> impl Future<Output = ()> + Send {
+        // Marked before the first poll: a runtime that ends drops tasks that
+        // never ran, and a drop that spawns again would never come to an end.
+        self.draining = true;
+        async move { while let Some(_unread) = self.next().await {} }
+    }
+
+    async fn next(&mut self) -> Option<Result<ExecEvent, EngineError>> {
+        loop {
+            match self.phase {
+                Phase::Done => return None,
+                Phase::Ending(exit) => {
+                    let exit = self.shared.finish_command(&self.record, &self.command, exit).await;
+                    self.done();
+                    return Some(Ok(ExecEvent::Exited(exit)));
+                }
+                Phase::Following => {}
+            }
+            let event = tokio::select! {
+                biased;
+                event = self.inner.next() => event,
+                () = self.record.ended.cancelled() => return Some(Err(self.lose(EngineError::Session(SessionError::Gone)))),
+                () = at(self.overdue_at) => {
+                    self.kill_overdue().await;
+                    continue;
+                }
+            };
+            match event {
+                Some(Ok(event)) => {
+                    if let Some(event) = self.take(event) {
+                        return Some(Ok(event));
+                    }
+                }
+                Some(Err(error)) => {
+                    if let Err(error) = self.reattach(error.into()).await {
+                        return Some(Err(self.lose(error)));
+                    }
+                }
+                None => {
+                    let error = EngineError::Session(SessionError::Unavailable(None));
+                    if let Err(error) = self.reattach(error).await {
+                        return Some(Err(self.lose(error)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, event: ProcessEvent) -> Option<ExecEvent> {
+        let (channel, data) = match event {
+            ProcessEvent::Started { .. } => return None,
+            ProcessEvent::Stdout(data) => (OutputChannel::Stdout, data),
+            ProcessEvent::Stderr(data) => (OutputChannel::Stderr, data),
+            ProcessEvent::Terminal(data) => (OutputChannel::Terminal, data),
+            ProcessEvent::Dropped { bytes } => {
+                self.offset += bytes;
+                return Some(ExecEvent::Dropped { bytes, offset: self.offset });
+            }
+            ProcessEvent::Keepalive => return Some(ExecEvent::Keepalive),
+            ProcessEvent::Exited(exit) => {
+                self.phase = Phase::Ending(exit);
+                return None;
+            }
+        };
+        self.offset += data.len() as u64;
+        self.command.keep_output(&data, self.shared.options.exec_log_output_bytes);
+        Some(ExecEvent::Output { channel, data, offset: self.offset })
+    }
+
+    /// A broken stream says nothing about the command: the agent still has it.
+    async fn reattach(&mut self, error: EngineError) -> Result<(), EngineError> {
+        let gone = matches!(
+            error,
+            EngineError::Session(SessionError::Gone | SessionError::ProcessNotFound(_) | SessionError::Unsupported(_))
+        );
+        if gone || self.reattached == REATTACH_MAX || self.record.ended.is_cancelled() {
+            return Err(error);
+        }
+        self.reattached += 1;
+        tokio::time::sleep(REATTACH_PAUSE).await;
+        let process = ProcessSelector::Tag(self.command.exec_id.to_string());
+        let attach = self.session.attach(AttachRequest { process, offset: self.offset });
+        match tokio::time::timeout(CALL_TIMEOUT, attach).await {
+            Ok(Ok(stream)) => self.inner = stream,
+            Ok(Err(SessionError::ProcessNotFound(_))) => return Err(error),
+            // Tried again by the next turn, with an empty stream.
+            Ok(Err(_)) | Err(_) => self.inner = Box::pin(stream::empty()),
+        }
+        Ok(())
+    }
+
+    async fn kill_overdue(&mut self) {
+        tracing::warn!(sandbox = %self.record.id, exec = %self.command.exec_id, "a command outlived its deadline");
+        let process = ProcessSelector::Tag(self.command.exec_id.to_string());
+        let killed = tokio::time::timeout(CALL_TIMEOUT, self.session.signal(&process, SIGKILL)).await;
+        if !matches!(killed, Ok(Ok(()))) {
+            tracing::warn!(sandbox = %self.record.id, exec = %self.command.exec_id, "and could not be killed");
+        }
+        self.phase = Phase::Ending(Exit { code: None, signal: Some(SIGKILL), timed_out: true });
+    }
+
+    fn lose(&mut self, error: EngineError) -> EngineError {
+        self.shared.lose_command(&self.record, &self.command);
+        self.done();
+        error
+    }
+
+    fn done(&mut self) {
+        self.phase = Phase::Done;
+        self.command.followers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Follower {
+    /// The last one to leave has somebody else read on.
+    fn drop(&mut self) {
+        if self.phase == Phase::Done {
+            return;
+        }
+        let others = self.command.followers.fetch_sub(1, Ordering::Relaxed) - 1;
+        if others > 0 || self.draining || self.command.end.get().is_some() {
+            return;
+        }
+        let inner = std::mem::replace(&mut self.inner, Box::pin(stream::empty()));
+        let mut follower = Self::new(Follow {
+            shared: Arc::clone(&self.shared),
+            record: Arc::clone(&self.record),
+            command: Arc::clone(&self.command),
+            session: Arc::clone(&self.session),
+            inner,
+            offset: self.offset,
+        });
+        follower.phase = self.phase;
+        if self.shared.stop.is_cancelled() {
+            // A crash, or the end of the server: nobody reads on.
+            follower.phase = Phase::Done;
+            return;
+        }
+        self.shared.spawn(follower.drain());
+    }
+}
+
+async fn at(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,123 @@
+//! Health of providers: checked in the background, read from memory.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
+
+use futures_util::future::join_all;
+use stacyvm_api::{ProviderDetail, ProviderHealth};
+use stacyvm_sandbox::{HealthReport, Provider};
+
+use crate::EngineError;
+use crate::shared::Shared;
+
+/// What every provider offers (http-api 5.9).
+const BASE_CAPABILITIES: [&str; 7] =
+    ["spawn", "exec", "exec_stream", "files", "console", "health", "runtime_inventory"];
+
+#[derive(Debug, Default)]
+pub(crate) struct HealthCache(RwLock<BTreeMap<String, ProviderHealth>>);
+
+impl Shared {
+    /// Checks all providers at the same time, each within its deadline.
+    pub(crate) async fn check_providers(&self) -> Vec<ProviderHealth> {
+        let checks = self.providers.values().map(|provider| self.check_provider(provider));
+        let all = join_all(checks).await;
+        let mut cache = self.health.0.write().unwrap_or_else(PoisonError::into_inner);
+        for health in &all {
+            if cache.get(&health.name).is_some_and(|before| before.healthy != health.healthy) {
+                tracing::info!(provider = health.name, healthy = health.healthy, error = health.error, "provider");
+            }
+            cache.insert(health.name.clone(), health.clone());
+        }
+        all
+    }
+
+    /// In order of name.
+    pub(crate) fn cached_health(&self) -> Vec<ProviderHealth> {
+        let cache = self.health.0.read().unwrap_or_else(PoisonError::into_inner);
+        let known = |provider: &Arc<dyn Provider>| {
+            cache.get(provider.name()).cloned().unwrap_or_else(|| ProviderHealth {
+                name: provider.name().to_owned(),
+                healthy: false,
+                default: provider.name() == self.options.default_provider,
+                latency_ms: 0,
+                last_checked: String::new(),
+                error: Some("not checked yet".to_owned()),
+                capabilities: capabilities(provider.as_ref()),
+                runtime_count: None,
+                findings: Vec::new(),
+            })
+        };
+        let counts = self.counts_by_provider();
+        self.providers
+            .values()
+            .map(|provider| {
+                let count = counts.get(provider.name()).copied().unwrap_or(0);
+                ProviderHealth { runtime_count: Some(count), ..known(provider) }
+            })
+            .collect()
+    }
+
+    pub(crate) fn provider_detail(&self, name: &str) -> Result<ProviderDetail, EngineError> {
+        let provider = self.providers.get(name).ok_or_else(|| EngineError::ProviderNotFound(name.to_owned()))?;
+        let health = self.cached_health().into_iter().find(|health| health.name == name);
+        let health = health.ok_or(EngineError::Internal("a provider without health"))?;
+        let mut config = provider.describe();
+        config.entry("type".to_owned()).or_insert_with(|| name.to_owned());
+        Ok(ProviderDetail {
+            name: name.to_owned(),
+            healthy: health.healthy,
+            default: health.default,
+            sandbox_count: health.runtime_count.unwrap_or(0),
+            health,
+            config,
+        })
+    }
+
+    pub(crate) fn counts_by_provider(&self) -> BTreeMap<String, u64> {
+        let mut counts = BTreeMap::new();
+        for record in self.all_records() {
+            *counts.entry(record.provider.name().to_owned()).or_default() += 1;
+        }
+        counts
+    }
+
+    async fn check_provider(&self, provider: &Arc<dyn Provider>) -> ProviderHealth {
+        let started = Instant::now();
+        let limit = self.options.timing.health_timeout;
+        let report = tokio::time::timeout(limit, provider.check()).await.unwrap_or_else(|_| {
+            let mut report = HealthReport::default();
+            let message = format!("no answer within {}", stacyvm_api::Duration::from(limit));
+            report.fail("check", message, "look at the server's log and at the runtime's own");
+            report
+        });
+        ProviderHealth {
+            name: provider.name().to_owned(),
+            healthy: report.is_healthy(),
+            default: provider.name() == self.options.default_provider,
+            latency_ms: started.elapsed().as_millis() as u64,
+            last_checked: self.now().to_whole_seconds(),
+            error: report.reason(),
+            capabilities: capabilities(provider.as_ref()),
+            runtime_count: None,
+            findings: report.findings,
+        }
+    }
+}
+
+fn capabilities(provider: &dyn Provider) -> Vec<String> {
+    let offered = provider.capabilities();
+    let optional = [
+        ("pty", offered.pty),
+        ("watch", offered.watch),
+        ("dial", offered.dial),
+        ("stats", offered.stats),
+        ("survives_restart", offered.survives_restart),
+        ("network", offered.network),
+        ("pause", offered.pause),
+    ];
+    let extra = optional.into_iter().filter(|(_, offered)| *offered).map(|(name, _)| name);
+    let family = std::iter::once(offered.family).filter(|family| !family.is_empty());
+    BASE_CAPABILITIES.into_iter().chain(extra).chain(family).map(str::to_owned).collect()
+}

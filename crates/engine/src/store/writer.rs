@@ -1,0 +1,226 @@
+//! One connection writes everything, in batches.
+//!
+//! Callers leave what is to be written and go on; the record of a new sandbox
+//! is the one thing that is waited for. A newer version of the same record
+//! replaces an older one that is still pending, so that what is pending is
+//! bounded by the number of sandboxes and commands; logs and events are bounded
+//! by number, and what does not fit is counted and dropped.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use sqlx::Connection as _;
+use sqlx::sqlite::SqliteConnection;
+use stacyvm_api::{ExecId, SandboxId};
+use tokio::sync::{Notify, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::events::{self, StoredEvent};
+use super::rows::{ExecRow, OperationRow, SandboxRow};
+use super::{Doing as _, StoreError, execs, sandboxes};
+
+/// How long a batch that nobody waits for is gathered.
+const GATHER: Duration = Duration::from_millis(10);
+/// Log entries that may be pending, of each kind.
+const LOG_PENDING_MAX: usize = 20_000;
+/// Pauses between attempts while the database fails.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LONGEST: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+pub(crate) struct Writer {
+    pending: Mutex<Pending>,
+    /// Something is pending; somebody waits for it.
+    some: Notify,
+    urgent: Notify,
+    connection: tokio::sync::Mutex<SqliteConnection>,
+    /// Nobody writes in the background any more.
+    ended: CancellationToken,
+    failing: AtomicBool,
+    dropped: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    sandboxes: BTreeMap<SandboxId, SandboxRow>,
+    execs: BTreeMap<ExecId, ExecRow>,
+    operations: VecDeque<OperationRow>,
+    events: VecDeque<Arc<StoredEvent>>,
+    waiting: Vec<oneshot::Sender<Result<(), StoreError>>>,
+}
+
+impl Writer {
+    pub(super) fn new(connection: SqliteConnection) -> Self {
+        Self {
+            pending: Mutex::default(),
+            some: Notify::new(),
+            urgent: Notify::new(),
+            connection: tokio::sync::Mutex::new(connection),
+            ended: CancellationToken::new(),
+            failing: AtomicBool::new(false),
+            dropped: AtomicU64::new(0),
+        }
+    }
+
+    /// The newest version of a record.
+    pub(crate) fn save_sandbox(&self, row: SandboxRow) {
+        self.pending().sandboxes.insert(row.sandbox.id.clone(), row);
+        self.some.notify_one();
+    }
+
+    pub(crate) fn save_exec(&self, row: ExecRow) {
+        let mut pending = self.pending();
+        if pending.execs.len() >= LOG_PENDING_MAX && !pending.execs.contains_key(&row.exec_id) {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        } else {
+            pending.execs.insert(row.exec_id.clone(), row);
+        }
+        drop(pending);
+        self.some.notify_one();
+    }
+
+    pub(crate) fn log_operation(&self, row: OperationRow) {
+        self.push(row, |pending| &mut pending.operations);
+    }
+
+    pub(crate) fn log_event(&self, event: Arc<StoredEvent>) {
+        self.push(event, |pending| &mut pending.events);
+    }
+
+    /// Waits until everything left so far is in the file.
+    pub(crate) async fn committed(&self) -> Result<(), StoreError> {
+        let (sender, receiver) = oneshot::channel();
+        self.pending().waiting.push(sender);
+        self.some.notify_one();
+        self.urgent.notify_one();
+        let ended = || Err(StoreError::new("write to the database", "the writer has ended"));
+        tokio::select! {
+            biased;
+            written = receiver => written.unwrap_or_else(|_| ended()),
+            () = self.ended.cancelled() => ended(),
+        }
+    }
+
+    /// Entries that were dropped because the database could not keep up.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn check(&self) -> Result<(), StoreError> {
+        if self.failing.load(Ordering::Relaxed) {
+            return Err(StoreError::new("write to the database", "the last attempt failed"));
+        }
+        Ok(())
+    }
+
+    /// Writes batches until the engine stops. What is pending then is left to
+    /// `flush`; a crash loses it, which recovery settles.
+    pub(crate) async fn run(&self, stop: CancellationToken) {
+        // Whoever waits when this future ends, or is dropped, hears so.
+        let _ended = self.ended.clone().drop_guard();
+        let mut pause = RETRY_FIRST;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.some.notified() => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.urgent.notified() => {}
+                () = tokio::time::sleep(GATHER) => {}
+            }
+            match self.flush().await {
+                Ok(()) => pause = RETRY_FIRST,
+                Err(error) => {
+                    tracing::error!(error = ?error, "writing to the database failed and is tried again");
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep(pause) => {}
+                    }
+                    pause = (pause * 2).min(RETRY_LONGEST);
+                    self.some.notify_one();
+                }
+            }
+        }
+    }
+
+    /// Writes what is pending in one transaction.
+    pub(crate) async fn flush(&self) -> Result<(), StoreError> {
+        let mut connection = self.connection.lock().await;
+        // Taken under the connection's lock, so that batches keep their order.
+        let mut batch = std::mem::take(&mut *self.pending());
+        let written = write(&mut connection, &batch).await.doing("write to the database");
+        self.failing.store(written.is_err(), Ordering::Relaxed);
+        for waiting in batch.waiting.drain(..) {
+            let _gave_up = waiting.send(match &written {
+                Ok(()) => Ok(()),
+                Err(error) => Err(error.shared()),
+            });
+        }
+        // Before others may write: what is put back is older than all they have.
+        if written.is_err() {
+            self.put_back(batch);
+        }
+        drop(connection);
+        written
+    }
+
+    /// The writing connection, for statements of their own.
+    pub(super) async fn connection(&self) -> tokio::sync::MutexGuard<'_, SqliteConnection> {
+        self.connection.lock().await
+    }
+
+    fn push<T>(&self, entry: T, queue: impl FnOnce(&mut Pending) -> &mut VecDeque<T>) {
+        let mut pending = self.pending();
+        let queue = queue(&mut pending);
+        if queue.len() >= LOG_PENDING_MAX {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        } else {
+            queue.push_back(entry);
+        }
+        drop(pending);
+        self.some.notify_one();
+    }
+
+    /// After a failure: what has not been replaced meanwhile is pending again.
+    fn put_back(&self, batch: Pending) {
+        let mut pending = self.pending();
+        for (id, row) in batch.sandboxes {
+            pending.sandboxes.entry(id).or_insert(row);
+        }
+        for (id, row) in batch.execs {
+            pending.execs.entry(id).or_insert(row);
+        }
+        let operations = std::mem::take(&mut pending.operations);
+        pending.operations = batch.operations.into_iter().chain(operations).take(LOG_PENDING_MAX).collect();
+        let events = std::mem::take(&mut pending.events);
+        pending.events = batch.events.into_iter().chain(events).take(LOG_PENDING_MAX).collect();
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn write(connection: &mut SqliteConnection, batch: &Pending) -> Result<(), sqlx::Error> {
+    let nothing = batch.sandboxes.is_empty() && batch.execs.is_empty() && batch.operations.is_empty();
+    if nothing && batch.events.is_empty() {
+        return Ok(());
+    }
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    for row in batch.sandboxes.values() {
+        sandboxes::upsert(&mut transaction, row).await?;
+    }
+    for row in batch.execs.values() {
+        execs::upsert(&mut transaction, row).await?;
+    }
+    for row in &batch.operations {
+        execs::insert_operation(&mut transaction, row).await?;
+    }
+    for event in &batch.events {
+        events::insert(&mut transaction, event).await?;
+    }
+    transaction.commit().await
+}

@@ -1,0 +1,11 @@
+//! The engine over the mock provider: whole lives of sandboxes, with crashes
+//! and failures in between.
+
+mod ends;
+mod events;
+mod execs;
+mod harness;
+mod life;
+mod limits;
+mod recovery;
+mod templates;

@@ -1,0 +1,4 @@
+//! The runtimes StacyVM can put a sandbox on.
+
+pub mod mock;
+pub mod oci;

@@ -1,0 +1,168 @@
+//! Which controllers this host offers, and on which hierarchy.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Place;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Controller {
+    Memory,
+    Cpu,
+    /// Only on v1; v2 counts processor time without a controller.
+    CpuAccounting,
+    Pids,
+}
+
+impl Controller {
+    const ALL: [Self; 4] = [Self::Memory, Self::Cpu, Self::CpuAccounting, Self::Pids];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Cpu => "cpu",
+            Self::CpuAccounting => "cpuacct",
+            Self::Pids => "pids",
+        }
+    }
+
+    /// The file that proves that the kernel can hold this limit.
+    fn proof(self, v2: bool) -> &'static str {
+        match (self, v2) {
+            (Self::Memory, false) => "memory.limit_in_bytes",
+            (Self::Memory, true) => "memory.max",
+            (Self::Cpu, false) => "cpu.cfs_quota_us",
+            (Self::Cpu, true) => "cpu.max",
+            (Self::CpuAccounting, false) => "cpuacct.usage",
+            (Self::CpuAccounting, true) => "cpu.stat",
+            (Self::Pids, _) => "pids.max",
+        }
+    }
+}
+
+/// Mount of the hierarchy that carries each controller, and why others have
+/// none.
+pub(super) fn controllers() -> (BTreeMap<Controller, Place>, BTreeMap<Controller, String>) {
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let offered = |mount: &Path| std::fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+    let found = parse(&mountinfo, offered);
+    let missing = Controller::ALL
+        .into_iter()
+        .filter(|controller| !found.contains_key(controller) && *controller != Controller::CpuAccounting)
+        .map(|controller| (controller, "the host mounts no control group hierarchy that has it".to_owned()))
+        .collect();
+    (found, missing)
+}
+
+fn parse(mountinfo: &str, offered: impl Fn(&Path) -> String) -> BTreeMap<Controller, Place> {
+    let mut found = BTreeMap::new();
+    for line in mountinfo.lines() {
+        let Some((place, kind)) = line.split_once(" - ") else { continue };
+        let (Some(mount), mut kind) = (place.split(' ').nth(4), kind.split(' ')) else { continue };
+        let mount = PathBuf::from(mount);
+        match (kind.next(), kind.nth(1)) {
+            (Some("cgroup"), Some(options)) => {
+                for controller in Controller::ALL {
+                    if options.split(',').any(|option| option == controller.name()) {
+                        // The first mount of a hierarchy serves.
+                        found.entry(controller).or_insert_with(|| Place::V1(mount.clone()));
+                    }
+                }
+            }
+            (Some("cgroup2"), _) => {
+                let offered = offered(&mount);
+                for controller in Controller::ALL {
+                    if offered.split_whitespace().any(|name| name == controller.name()) {
+                        found.entry(controller).or_insert_with(|| Place::V2(mount.clone()));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// Makes `<mount>/<parent>/<instance>` and sees that the controller works there.
+pub(super) fn make_instance_dir(
+    controller: Controller,
+    mount: &Place,
+    parent: &str,
+    instance: &str,
+) -> io::Result<Place> {
+    let directory = mount.path().join(parent).join(instance);
+    if let Place::V2(root) = mount {
+        let outer = root.join(parent);
+        std::fs::create_dir_all(&directory)?;
+        for level in [root, &outer, &directory] {
+            delegate(level, controller)?;
+        }
+        let probe = directory.join(".probe");
+        match std::fs::create_dir(&probe) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let works = probe.join(controller.proof(true)).exists();
+        std::fs::remove_dir(&probe)?;
+        return if works { Ok(Place::V2(directory)) } else { Err(lacks(controller)) };
+    }
+    std::fs::create_dir_all(&directory)?;
+    if directory.join(controller.proof(false)).exists() { Ok(Place::V1(directory)) } else { Err(lacks(controller)) }
+}
+
+/// Lets the children of a v2 group have a controller.
+fn delegate(group: &Path, controller: Controller) -> io::Result<()> {
+    let control = group.join("cgroup.subtree_control");
+    let name = controller.name();
+    if std::fs::read_to_string(&control)?.split_whitespace().any(|enabled| enabled == name) {
+        return Ok(());
+    }
+    std::fs::write(&control, format!("+{name}"))
+        .map_err(|error| io::Error::new(error.kind(), format!("{} cannot be enabled: {error}", group.display())))
+}
+
+fn lacks(controller: Controller) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!("the kernel's {} controller has no {}", controller.name(), controller.proof(false)),
+    )
+}
+
+/// Whether the host has any swap to bound.
+pub(super) fn host_swaps() -> bool {
+    std::fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().count() > 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+30 24 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+31 30 0:27 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+33 30 0:29 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd
+34 30 0:30 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+";
+
+    #[test]
+    fn each_controller_is_found_where_it_is() {
+        let found = parse(HYBRID, |_| "hugetlb pids\n".to_owned());
+        let v1 = |path: &str| Place::V1(format!("/sys/fs/cgroup/{path}").into());
+        assert_eq!(found[&Controller::Memory], v1("memory"));
+        assert_eq!(found[&Controller::Cpu], v1("cpu,cpuacct"));
+        assert_eq!(found[&Controller::CpuAccounting], v1("cpu,cpuacct"));
+        assert_eq!(found[&Controller::Pids], Place::V2("/sys/fs/cgroup/unified".into()));
+    }
+
+    #[test]
+    fn a_unified_host_has_all_on_v2_and_a_bare_one_nothing() {
+        let unified = "29 24 0:25 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
+        let found = parse(unified, |_| "cpuset cpu io memory pids".to_owned());
+        let v2 = Place::V2("/sys/fs/cgroup".into());
+        assert_eq!(found.len(), 3);
+        assert!(found.values().all(|place| *place == v2));
+        assert!(parse("1 0 8:1 / / rw - ext4 /dev/sda rw\n", |_| String::new()).is_empty());
+    }
+}

@@ -1,0 +1,163 @@
+//! Control groups: limits, readings, and the last word on what still runs.
+//!
+//! Hosts have cgroup v1, v2, or both at once with the controllers split
+//! between them, so each controller is looked up on its own. Ours live below
+//! `<mount>/<parent>/<instance>/<sandbox>`; with the instance in the path,
+//! servers with different data directories never touch each other's.
+
+mod detect;
+mod group;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use stacyvm_api::{Limit, LimitReport};
+
+use detect::Controller;
+pub(super) use group::{Reading, remove};
+
+use super::spawner::protocol::CgroupPlan;
+
+/// What a sandbox may use; zero means that nothing was asked.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Limits {
+    pub(super) memory_bytes: u64,
+    pub(super) vcpus: f64,
+    pub(super) pids: u64,
+}
+
+/// Where one controller's groups are made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    V1(PathBuf),
+    V2(PathBuf),
+}
+
+impl Place {
+    fn path(&self) -> &Path {
+        match self {
+            Self::V1(path) | Self::V2(path) => path,
+        }
+    }
+}
+
+/// This server's part of the host's control groups.
+#[derive(Debug, Default)]
+pub(super) struct Cgroups {
+    /// Directory of this instance in each controller's hierarchy.
+    places: BTreeMap<Controller, Place>,
+    /// Why a controller cannot be used.
+    missing: BTreeMap<Controller, String>,
+}
+
+impl Cgroups {
+    /// Finds the controllers and makes this instance's directories in them.
+    pub(super) fn open(parent: &str, instance: &str) -> Self {
+        let (mounts, mut missing) = detect::controllers();
+        let mut places = BTreeMap::new();
+        for (controller, mount) in mounts {
+            match detect::make_instance_dir(controller, &mount, parent, instance) {
+                Ok(place) => drop(places.insert(controller, place)),
+                Err(error) => drop(missing.insert(controller, error.to_string())),
+            }
+        }
+        Self { places, missing }
+    }
+
+    pub(super) fn missing(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.missing.iter().map(|(controller, reason)| (controller.name(), reason.as_str()))
+    }
+
+    /// Which of the limits the kernel can hold here.
+    pub(super) fn report(&self, limits: &Limits) -> LimitReport {
+        let mut report = LimitReport::default();
+        let mut say = |asked: bool, limit, held: bool| {
+            if asked {
+                if held { report.enforced.push(limit) } else { report.unenforced.push(limit) }
+            }
+        };
+        let has = |controller| self.places.contains_key(&controller);
+        say(limits.memory_bytes > 0, Limit::Memory, has(Controller::Memory));
+        say(limits.memory_bytes > 0, Limit::Swap, has(Controller::Memory) && self.bounds_swap());
+        say(limits.vcpus > 0.0, Limit::Cpu, has(Controller::Cpu));
+        say(limits.pids > 0, Limit::Pids, has(Controller::Pids));
+        report
+    }
+
+    fn bounds_swap(&self) -> bool {
+        self.places.get(&Controller::Memory).is_some_and(|place| group::bounds_swap(place) || !detect::host_swaps())
+    }
+
+    /// Directories of a sandbox, one in each hierarchy.
+    pub(super) fn directories(&self, sandbox: &str) -> Vec<PathBuf> {
+        let mut directories: Vec<PathBuf> = self.places.values().map(|place| place.path().join(sandbox)).collect();
+        directories.sort_unstable();
+        directories.dedup();
+        directories
+    }
+
+    /// Makes a sandbox's groups with its limits set.
+    pub(super) fn create(&self, sandbox: &str, limits: &Limits) -> io::Result<CgroupPlan> {
+        for directory in self.directories(sandbox) {
+            std::fs::create_dir(&directory)?;
+        }
+        let mut plan = CgroupPlan::default();
+        for (controller, place) in &self.places {
+            let directory = place.path().join(sandbox);
+            match place {
+                Place::V1(_) => {
+                    group::limit_v1(*controller, &directory, limits)?;
+                    plan.v1_tasks.push(directory.join("tasks"));
+                }
+                Place::V2(_) => {
+                    group::limit_v2(*controller, &directory, limits)?;
+                    plan.v2_dir = Some(directory);
+                }
+            }
+        }
+        plan.v1_tasks.sort_unstable();
+        plan.v1_tasks.dedup();
+        Ok(plan)
+    }
+
+    /// What a sandbox uses now.
+    pub(super) fn read(&self, sandbox: &str) -> Reading {
+        let mut reading = Reading::default();
+        for (controller, place) in &self.places {
+            let directory = place.path().join(sandbox);
+            match place {
+                Place::V1(_) => reading.add_v1(*controller, &directory),
+                Place::V2(_) => reading.add_v2(*controller, &directory),
+            }
+        }
+        reading
+    }
+
+    /// Sandboxes that have a group here, known or not.
+    pub(super) fn sandboxes(&self) -> Vec<String> {
+        let mut names: Vec<String> = self
+            .places
+            .values()
+            .filter_map(|place| std::fs::read_dir(place.path()).ok())
+            .flatten()
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// Takes this instance's own directories away, if no sandbox is in them.
+    pub(super) fn close(&self) {
+        for place in self.places.values() {
+            // Whatever is still inside keeps it, and the shared parent belongs
+            // to every server.
+            if std::fs::remove_dir(place.path()).is_ok() {
+                let _ = place.path().parent().map(std::fs::remove_dir);
+            }
+        }
+    }
+}

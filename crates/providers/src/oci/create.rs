@@ -1,0 +1,365 @@
+//! Making a sandbox.
+//!
+//! ```text
+//! (caller) image ─▶ (own task) namespaces ─▶ directory, record ─▶ groups ─▶ launch ─▶ live
+//!                        any failure, or nobody waiting any more ─▶ everything is freed
+//! ```
+//!
+//! The part that makes things runs in a task of its own, because a future that
+//! is dropped half-way cannot clean up after itself.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::fs::MemfdFlags;
+use stacyvm_api::{Limit, LimitReport, NetworkMode, SandboxId};
+use stacyvm_envd::{BootConfig, Role};
+use stacyvm_image::Image;
+use stacyvm_sandbox::{Created, ProgressSink, ProviderError, SandboxSpec};
+use tokio::sync::oneshot;
+
+use super::cgroup::Limits;
+use super::error::OciError;
+use super::network::{self, Destination, Port};
+use super::pairs::Pair;
+use super::registry::Live;
+use super::runtime::Runtime;
+use super::spawner::CallError;
+use super::spawner::protocol::{CgroupPlan, DiskPlan, Done, HostPlan, Job, LaunchPlan, RootPlan};
+use super::state::{self, DiskRecord, NetworkRecord, NewRecord, Record};
+use super::{channel, host_image};
+
+/// An image, ready to be a root.
+pub(super) struct ResolvedImage {
+    pub(super) layers: Vec<PathBuf>,
+    pub(super) host: Option<HostPlan>,
+    pub(super) digest: Option<String>,
+    pub(super) env: BTreeMap<String, String>,
+    pub(super) user: Option<String>,
+    pub(super) workdir: Option<String>,
+    /// Keeps the layers on disk until the sandbox's lease does.
+    pub(super) stored: Option<Image>,
+}
+
+/// Everything decided before anything is made.
+struct Plan {
+    id: SandboxId,
+    spec: SandboxSpec,
+    image: ResolvedImage,
+    limits: Limits,
+    report: LimitReport,
+    disk: DiskRecord,
+    /// `None` is no network at all.
+    allowed: Option<Vec<Destination>>,
+}
+
+/// Makes a sandbox of a resolved image.
+pub(super) async fn create(
+    runtime: &Arc<Runtime>,
+    id: &SandboxId,
+    spec: &SandboxSpec,
+    image: ResolvedImage,
+) -> Result<Created, ProviderError> {
+    let plan = plan(runtime, id, spec, image)?;
+    let image = spec.image.clone();
+    let created = Created { limits: plan.report.clone(), image_digest: plan.image.digest.clone() };
+    let (sender, receiver) = oneshot::channel();
+    let runtime = Arc::clone(runtime);
+    let tasks = runtime.background.clone();
+    tasks.spawn(async move {
+        let made = make_or_free(&runtime, &plan).await;
+        let succeeded = made.is_ok();
+        if sender.send(made).is_err() && succeeded {
+            tracing::info!(sandbox = %plan.id, "nobody waits for this sandbox any more; it is destroyed");
+            if let Err(error) = super::destroy::destroy(&runtime, &plan.id).await {
+                tracing::warn!(sandbox = %plan.id, error = &error as &dyn std::error::Error, "it stays for the sweep");
+            }
+        }
+    });
+    match receiver.await {
+        Ok(Ok(())) => Ok(created),
+        Ok(Err(error)) => Err(error.of_create(&image)),
+        Err(_) => Err(ProviderError::Failed { operation: "create the sandbox", cause: "its task ended".into() }),
+    }
+}
+
+fn plan(runtime: &Runtime, id: &SandboxId, spec: &SandboxSpec, image: ResolvedImage) -> Result<Plan, ProviderError> {
+    let allowed = plan_network(runtime, spec)?;
+    let limits = Limits { memory_bytes: spec.memory_mib << 20, vcpus: spec.vcpus, pids: spec.pids_limit };
+    let mut report = runtime.cgroups.report(&limits);
+    let size_bytes = spec.disk.size_mib.map(|mib| mib << 20);
+    let backend = if spec.disk.in_memory { "memory" } else { "none" };
+    if spec.disk.in_memory {
+        report.enforced.push(Limit::Disk);
+    } else {
+        report.unenforced.push(Limit::Disk);
+    }
+    report.disk_backend = Some(backend.to_owned());
+    refuse_unenforced(spec, &report)?;
+    let disk = DiskRecord { backend: backend.to_owned(), size_bytes };
+    Ok(Plan { id: id.clone(), spec: spec.clone(), image, limits, report, disk, allowed })
+}
+
+/// What a sandbox with a network may reach besides the internet.
+fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<Option<Vec<Destination>>, ProviderError> {
+    let invalid = |message: String| Err(ProviderError::InvalidSpec { message });
+    let allow = &spec.network.allow;
+    match &spec.network.mode {
+        NetworkMode::None if allow.is_empty() => Ok(None),
+        NetworkMode::None => invalid("`network.allow` needs the network `bridge`".into()),
+        NetworkMode::Bridge if runtime.connected.is_none() => {
+            invalid("this server offers sandboxes no network; use the network `none`".into())
+        }
+        NetworkMode::Bridge if allow.len() > network::MAX_ALLOWED => {
+            invalid(format!("`network.allow` takes at most {} destinations", network::MAX_ALLOWED))
+        }
+        NetworkMode::Bridge => match allow.iter().map(|text| Destination::parse(text)).collect() {
+            Ok(destinations) => Ok(Some(destinations)),
+            Err(message) => invalid(format!("network.allow: {message}")),
+        },
+        NetworkMode::Named(name) => {
+            invalid(format!("the oci runtime has the networks `none` and `bridge`, not `{name}`"))
+        }
+    }
+}
+
+/// A limit that was asked for and cannot be held is refused, unless the caller
+/// said that it may be.
+fn refuse_unenforced(spec: &SandboxSpec, report: &LimitReport) -> Result<(), ProviderError> {
+    let asked = |limit: &Limit| *limit != Limit::Disk || spec.disk.size_mib.is_some();
+    let missing: Vec<&Limit> = report.unenforced.iter().filter(|limit| asked(limit)).collect();
+    if missing.is_empty() || spec.allow_unenforced {
+        return Ok(());
+    }
+    let names: Vec<String> = missing.iter().map(|limit| format!("{limit:?}").to_lowercase()).collect();
+    Err(ProviderError::LimitUnsupported {
+        message: format!("this host cannot enforce the limit on {}", names.join(" and ")),
+        hint: "run the server as root on a host with cgroup memory, cpu and pids controllers, \
+               or accept it with allow_unenforced"
+            .into(),
+    })
+}
+
+async fn make_or_free(runtime: &Arc<Runtime>, plan: &Plan) -> Result<(), OciError> {
+    let entry = runtime.registry.entry(&plan.id);
+    let gate = Arc::clone(&entry.gate).lock_owned().await;
+    let result = match make(runtime, plan).await {
+        Ok(live) => {
+            entry.set_live(Some(Arc::new(live)));
+            Ok(())
+        }
+        // Not ours to free.
+        Err(error @ OciError::Exists(_)) => Err(error),
+        Err(error) => {
+            if let Err(left) = super::destroy::free(runtime, &plan.id, None).await {
+                tracing::warn!(sandbox = %plan.id, error = &left as &dyn std::error::Error, "remains stay for the sweep");
+            }
+            Err(error)
+        }
+    };
+    drop(gate);
+    runtime.registry.forget(&plan.id, entry);
+    result
+}
+
+async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
+    let sandbox = runtime.layout.sandbox(&plan.id);
+    match std::fs::DirBuilder::new().mode(0o700).create(&sandbox) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            return Err(OciError::Exists(plan.id.clone()));
+        }
+        made => made.map_err(OciError::file("make", &sandbox))?,
+    }
+    let Pair { uids, user, network, port } = take_pair(runtime, plan).await?;
+    let (uid_base, own) = (uids.base(), OwnNetwork::of(plan, port.as_ref()));
+    let record = Record::from(record(plan, uid_base, port.as_ref()));
+    state::save(&sandbox, &record).map_err(OciError::file("write the record in", &sandbox))?;
+    // The record owns both from here on, and only whoever frees the sandbox
+    // gives them back: twice would hand a range in use to somebody else.
+    uids.keep();
+    let port = port.map(Port::keep);
+    if let Some(stored) = &plan.image.stored {
+        runtime.lease(&plan.id, stored).await?;
+    }
+    let (groups, listener, boot) = prepare(runtime, plan, &sandbox)?;
+    if let Some(port) = port {
+        runtime.allow(port, plan.allowed.as_deref().unwrap_or_default()).await?;
+    }
+
+    let job = Job::Launch(Box::new(launch_plan(runtime, plan, uid_base, groups, own)));
+    let fds: [BorrowedFd<'_>; 4] = [listener.as_fd(), boot.as_fd(), user.as_fd(), network.as_fd()];
+    let (done, fds) = runtime.spawner.call(job, &fds).await?;
+    let (Done::Launched(_), Some(pidfd)) = (done, fds.into_iter().next()) else {
+        return Err(CallError::Lost.into());
+    };
+    Live::new(record, pidfd).map_err(OciError::system("watch the sandbox's init"))
+}
+
+/// Namespaces as the sandbox needs them.
+async fn take_pair(runtime: &Runtime, plan: &Plan) -> Result<Pair, OciError> {
+    match (&runtime.connected, &plan.allowed) {
+        (Some(connected), Some(_)) => connected.take().await,
+        _ => runtime.plain.take().await,
+    }
+}
+
+/// What a sandbox's `/etc` says about its network.
+struct OwnNetwork {
+    hosts: String,
+    resolv_conf: String,
+}
+
+impl OwnNetwork {
+    fn of(plan: &Plan, port: Option<&Port>) -> Self {
+        let address = port.map_or_else(|| "127.0.1.1".to_owned(), |port| port.address().to_string());
+        let name = &plan.spec.hostname;
+        Self {
+            hosts: format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{name}\n"),
+            resolv_conf: port.map_or_else(
+                || "# This sandbox has no network.\n".to_owned(),
+                |port| format!("nameserver {}\n", port.gateway()),
+            ),
+        }
+    }
+}
+
+/// The files and groups of a sandbox. What it returns is owned by the record
+/// that was written first.
+fn prepare(
+    runtime: &Runtime,
+    plan: &Plan,
+    sandbox: &std::path::Path,
+) -> Result<(CgroupPlan, OwnedFd, OwnedFd), OciError> {
+    if plan.disk.backend == "none" {
+        let disk = state::disk_dir(sandbox);
+        std::fs::DirBuilder::new().mode(0o700).create(&disk).map_err(OciError::file("make", disk))?;
+    }
+    let groups =
+        runtime.cgroups.create(plan.id.as_str(), &plan.limits).map_err(OciError::system("make the control groups"))?;
+    let listener = channel::listen(sandbox).map_err(OciError::file("listen in", sandbox))?;
+    let boot = boot_config(plan).map_err(OciError::system("pass on the boot configuration"))?;
+    Ok((groups, listener, boot))
+}
+
+fn record(plan: &Plan, uid_base: u32, port: Option<&Port>) -> NewRecord {
+    let network = port.map_or(NetworkRecord::None, |port| NetworkRecord::Bridge {
+        port: port.number(),
+        allow: plan.allowed.iter().flatten().map(Destination::to_string).collect(),
+    });
+    NewRecord {
+        id: plan.id.clone(),
+        image: plan.spec.image.clone(),
+        metadata: plan.spec.metadata.clone(),
+        uid_base,
+        network,
+        disk: plan.disk.clone(),
+        layers: plan.image.layers.clone(),
+        memory_limit_bytes: plan.limits.memory_bytes,
+        pids_limit: plan.limits.pids,
+        limits: plan.report.clone(),
+    }
+}
+
+fn launch_plan(runtime: &Runtime, plan: &Plan, uid_base: u32, cgroup: CgroupPlan, own: OwnNetwork) -> LaunchPlan {
+    let sandbox = runtime.layout.sandbox(&plan.id);
+    let disk = if plan.spec.disk.in_memory {
+        DiskPlan::Memory { size_bytes: plan.disk.size_bytes }
+    } else {
+        DiskPlan::Directory(state::disk_dir(&sandbox))
+    };
+    let hostname = plan.spec.hostname.clone();
+    LaunchPlan {
+        identity_file: state::identity_file(&sandbox),
+        root: RootPlan {
+            scratch: runtime.layout.scratch(),
+            uid_base,
+            layers: plan.image.layers.clone(),
+            disk,
+            host: plan.image.host.clone(),
+            hosts: own.hosts,
+            resolv_conf: own.resolv_conf,
+        },
+        hostname,
+        cgroup,
+        user: plan.user().map(str::to_owned),
+        workdir: plan.image.workdir.clone(),
+    }
+}
+
+impl Plan {
+    fn user(&self) -> Option<&str> {
+        self.spec.user.as_deref().or(self.image.user.as_deref()).filter(|user| !user.is_empty())
+    }
+}
+
+/// A file in memory, at its beginning, with what the agent reads first.
+fn boot_config(plan: &Plan) -> std::io::Result<OwnedFd> {
+    use std::io::{Seek, Write};
+    let mut env = plan.image.env.clone();
+    env.extend(plan.spec.env.clone());
+    let config = BootConfig {
+        token: plan.spec.agent_token.clone(),
+        generation: plan.spec.generation,
+        role: Role::Init,
+        env,
+        default_user: plan.user().map(str::to_owned),
+        workdir: plan.image.workdir.clone().unwrap_or_else(|| "/workspace".to_owned()),
+        expires_at_unix_ms: plan.spec.expires_at.unix_ms(),
+        shares_host_network: false,
+    };
+    let mut file = std::fs::File::from(rustix::fs::memfd_create("boot", MemfdFlags::CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(&config)?)?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+/// Search path of commands in an image that sets none (moby's default).
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// An image out of the store, pulled if need be.
+pub(super) async fn resolve_stored(
+    runtime: &Runtime,
+    reference: &str,
+    progress: &dyn ProgressSink,
+) -> Result<ResolvedImage, ProviderError> {
+    let Some(store) = &runtime.images else {
+        return Err(ProviderError::Image {
+            image: reference.to_owned(),
+            message: "this server has no image store".into(),
+            hint: Some("use the image `host`".into()),
+            cause: None,
+        });
+    };
+    let image = store.get(reference, progress).await.map_err(|error| error.into_provider_error(reference))?;
+    let mut env: BTreeMap<String, String> = image.config.env.iter().cloned().collect();
+    env.entry("PATH".to_owned()).or_insert_with(|| DEFAULT_PATH.to_owned());
+    Ok(ResolvedImage {
+        layers: image.layers.clone(),
+        host: None,
+        digest: Some(image.digest.clone()),
+        env,
+        user: image.config.user.clone(),
+        // `/` is what an image says that says nothing.
+        workdir: image.config.workdir.clone().filter(|workdir| workdir != "/"),
+        stored: Some(image),
+    })
+}
+
+/// Image `host`, as every other image looks.
+pub(super) fn resolve_host(runtime: &Runtime) -> ResolvedImage {
+    let image = &runtime.host_image;
+    ResolvedImage {
+        layers: vec![image.skeleton.clone()],
+        host: Some(image.plan.clone()),
+        digest: Some(image.digest.clone()),
+        env: [("PATH", host_image::PATH), ("LANG", "C.UTF-8")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into(),
+        user: None,
+        workdir: None,
+        stored: None,
+    }
+}

@@ -1,0 +1,86 @@
+//! Ending a sandbox and freeing all it had.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use stacyvm_api::SandboxId;
+
+use super::error::OciError;
+use super::registry::Live;
+use super::runtime::Runtime;
+use super::state::{self, OnDisk, Record};
+use super::{cgroup, process, trash};
+
+/// How long a killed init may take to go: the kernel first ends everything in
+/// its pid namespace and gives back its memory.
+const DEATH_LIMIT: Duration = Duration::from_secs(20);
+
+/// Ends a sandbox. One that is unknown, or gone already, is fine.
+pub(super) async fn destroy(runtime: &Arc<Runtime>, id: &SandboxId) -> Result<(), OciError> {
+    let entry = runtime.registry.entry(id);
+    let gate = Arc::clone(&entry.gate).lock_owned().await;
+    let result = free(runtime, id, entry.live()).await;
+    if result.is_ok() {
+        entry.set_live(None);
+    }
+    drop(gate);
+    runtime.registry.forget(id, entry);
+    result
+}
+
+/// Frees whatever there is of a sandbox; the caller holds its gate.
+pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Arc<Live>>) -> Result<(), OciError> {
+    let sandbox = runtime.layout.sandbox(id);
+    let (live, record) = match live {
+        Some(live) => (Some(Arc::clone(&live)), Some(live.record.clone())),
+        None => find(runtime, id)?,
+    };
+    if let Some(live) = live {
+        process::kill(live.init()).map_err(OciError::system("kill the sandbox's init"))?;
+        match tokio::time::timeout(DEATH_LIMIT, live.ended()).await {
+            Ok(ended) => ended.map_err(OciError::system("wait for the sandbox's end"))?,
+            Err(_) => return Err(OciError::Unkillable(id.clone())),
+        }
+    }
+    let directories = runtime.cgroups.directories(id.as_str());
+    let trash_dir = runtime.layout.trash();
+    tokio::task::spawn_blocking(move || {
+        for directory in &directories {
+            cgroup::remove(directory).map_err(OciError::file("remove", directory))?;
+        }
+        // Last, because the record in it says what else there is to free.
+        trash::discard(&trash_dir, &sandbox).map_err(OciError::file("discard", &sandbox))
+    })
+    .await
+    .unwrap_or_else(|_| {
+        Err(OciError::System { operation: "free the sandbox", source: std::io::ErrorKind::Other.into() })
+    })?;
+    runtime.release(id).await?;
+    if let Some(record) = record {
+        runtime.uids.give_back(record.uid_base);
+        runtime.disconnect(&record);
+    }
+    runtime.empty_trash();
+    Ok(())
+}
+
+/// What an earlier process of this server left.
+pub(super) fn find(runtime: &Runtime, id: &SandboxId) -> Result<(Option<Arc<Live>>, Option<Record>), OciError> {
+    let sandbox = runtime.layout.sandbox(id);
+    match state::load(&sandbox).map_err(OciError::file("read", &sandbox))? {
+        OnDisk::Launched(record, identity) => {
+            let init = if record.boot_id == state::boot_id() {
+                process::open(&identity).map_err(OciError::system("look at the sandbox's init"))?
+            } else {
+                None
+            };
+            let live = init
+                .map(|init| Live::new((*record).clone(), init))
+                .transpose()
+                .map_err(OciError::system("watch the sandbox's init"))?;
+            Ok((live.map(Arc::new), Some(*record)))
+        }
+        OnDisk::Remains(record) => Ok((None, record.map(|record| *record))),
+        OnDisk::Nothing => Ok((None, None)),
+    }
+}

@@ -1,0 +1,76 @@
+//! Failures of this provider, and what of them a caller gets to see.
+
+use std::io;
+use std::path::PathBuf;
+
+use stacyvm_api::SandboxId;
+use stacyvm_sandbox::ProviderError;
+
+use super::NAME;
+use super::spawner::CallError;
+use super::spawner::protocol::FailureKind;
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OciError {
+    #[error("{operation}: {path}", path = path.display())]
+    File {
+        operation: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{operation}")]
+    System {
+        operation: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("launch")]
+    Launch(#[from] CallError),
+    #[error("image store")]
+    Image(#[source] Box<stacyvm_image::ImageError>),
+    #[error("{0} exists already")]
+    Exists(SandboxId),
+    #[error("no range of uids is left on this host")]
+    NoUids,
+    #[error("{0} did not end although it was killed")]
+    Unkillable(SandboxId),
+}
+
+impl OciError {
+    pub(super) fn file(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::File { operation, path: path.into(), source }
+    }
+
+    pub(super) fn system(operation: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System { operation, source }
+    }
+
+    /// What the caller sees of a failed creation.
+    pub(super) fn of_create(self, image: &str) -> ProviderError {
+        match self {
+            Self::Launch(CallError::Failed(failure)) if failure.kind == FailureKind::UnknownUser => {
+                ProviderError::InvalidSpec { message: failure.message }
+            }
+            Self::Launch(CallError::Failed(failure)) if failure.kind == FailureKind::Image => ProviderError::Image {
+                image: image.to_owned(),
+                message: failure.message.clone(),
+                hint: None,
+                cause: Some(failure.into()),
+            },
+            Self::Exists(_) => ProviderError::InvalidSpec { message: self.to_string() },
+            Self::NoUids => ProviderError::Exhausted { message: self.to_string() },
+            Self::Launch(CallError::Start(_)) => ProviderError::Unavailable {
+                provider: NAME.to_owned(),
+                message: "its helper process cannot be started".into(),
+                hint: None,
+                cause: Some(self.into()),
+            },
+            other => other.of("create the sandbox"),
+        }
+    }
+
+    pub(super) fn of(self, operation: &'static str) -> ProviderError {
+        ProviderError::Failed { operation, cause: self.into() }
+    }
+}

@@ -1,0 +1,150 @@
+//! The sandbox's file tree: layers below, its own files above.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use super::{devices, kernel_files, mounts};
+use crate::oci::spawner::protocol::{DiskPlan, Failure, FailureKind, HostPlan, RootPlan, Step};
+
+/// Directories every sandbox has, whatever its image: mount points first. They
+/// are made in the writable layer, so that a symlink an image has in such a
+/// place is covered instead of followed.
+const OWN_DIRECTORIES: [(&str, u32); 6] =
+    [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("etc", 0o755), ("tmp", 0o1777), ("workspace", 0o755)];
+
+/// Where the writable file system is mounted while the tree is built.
+const DISK: &str = "disk";
+
+/// Builds the tree and makes it `/`. Runs as the host's root in namespaces of
+/// its own; `user_namespace` says whose files they shall be.
+pub(super) fn build(
+    plan: &RootPlan,
+    hostname: &str,
+    user_namespace: BorrowedFd<'_>,
+    disk: Option<OwnedFd>,
+) -> Result<(), Failure> {
+    mounts::separate_from_host().step("separate mounts from the host")?;
+    let scratch = mounts::detached_tmpfs(&[("mode", "0700".into()), ("size", "1m".into())]).step("mount scratch")?;
+    let scratch_path = plan.scratch.to_str().ok_or_else(|| not_text(&plan.scratch))?;
+    mounts::attach(scratch.as_fd(), scratch_path).step("mount scratch")?;
+    rustix::process::chdir(scratch_path).step("enter scratch")?;
+
+    place_disk(plan, disk)?;
+    prepare_writable(plan, hostname).step("prepare the writable layer")?;
+    let lower = place_layers(plan, user_namespace)?;
+    mounts::make_dir("root", 0o755).step("mount the root")?;
+    // `volatile`: syncing the layer at the end of a sandbox would stall on the
+    // host's disk for files that are deleted right after. Redirects and
+    // metadata-only copies are off because layers are somebody else's bytes.
+    let options = format!(
+        "lowerdir={lower},upperdir={DISK}/upper,workdir={DISK}/work,\
+         volatile,index=off,metacopy=off,redirect_dir=nofollow,xino=off"
+    );
+    mounts::mount_new("overlay", "root", MountFlags::NODEV | MountFlags::NOSUID, &options).step("mount the root")?;
+
+    mounts::make_dir("empty", 0o555).step("mount the root")?;
+    if let Some(host) = &plan.host {
+        show_host(host).step("show the host's programs")?;
+    }
+    rustix::process::chdir("root").step("enter the root")?;
+    devices::mount(plan.uid_base).step("mount /dev")?;
+    kernel_files::mount()?;
+    rustix::process::pivot_root(".", ".").step("change the root")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the host's root")?;
+    rustix::process::chdir("/").step("enter the root")
+}
+
+/// Puts the writable file system at [`DISK`]. Whatever it is, it gets a mount
+/// of its own, without setuid programs and devices, and the guest does not see
+/// in its mount table where the host keeps it.
+fn place_disk(plan: &RootPlan, disk: Option<OwnedFd>) -> Result<(), Failure> {
+    const STEP: &str = "mount the writable layer";
+    let disk = match &plan.disk {
+        DiskPlan::Directory(path) => mounts::writable_copy(path).step(STEP)?,
+        DiskPlan::Mounted => disk.ok_or_else(|| Failure::system(STEP, &"no mount came along"))?,
+        DiskPlan::Memory { size_bytes } => {
+            let mut options = vec![("mode", "0700".to_owned())];
+            options.extend(size_bytes.map(|bytes| ("size", bytes.to_string())));
+            mounts::detached_tmpfs(&options).step(STEP)?
+        }
+    };
+    mounts::make_dir(DISK, 0o700).step(STEP)?;
+    mounts::attach(disk.as_fd(), DISK).step(STEP)
+}
+
+/// Makes the overlay's two directories, with what every sandbox finds in its
+/// own: mount points, `/tmp`, `/workspace`, and the names it goes by.
+fn prepare_writable(plan: &RootPlan, hostname: &str) -> io::Result<()> {
+    let owner = (Some(Uid::from_raw(plan.uid_base)), Some(Gid::from_raw(plan.uid_base)));
+    let base = rustix::fs::openat(CWD, DISK, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    for name in ["upper", "work"] {
+        rustix::fs::mkdirat(&base, name, Mode::from_raw_mode(0o755))?;
+        rustix::fs::chownat(&base, name, owner.0, owner.1, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
+    }
+    let upper = rustix::fs::openat(&base, "upper", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    for (name, mode) in OWN_DIRECTORIES {
+        rustix::fs::mkdirat(&upper, name, Mode::from_raw_mode(0o700))?;
+        rustix::fs::chmodat(&upper, name, Mode::from_raw_mode(mode), rustix::fs::AtFlags::empty())?;
+        rustix::fs::chownat(&upper, name, owner.0, owner.1, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
+    }
+    let hostname_line = format!("{hostname}\n");
+    for (name, text) in
+        [("etc/hostname", &hostname_line), ("etc/hosts", &plan.hosts), ("etc/resolv.conf", &plan.resolv_conf)]
+    {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&upper, name, flags, Mode::from_raw_mode(0o644))?;
+        rustix::fs::fchown(&file, owner.0, owner.1)?;
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644))?;
+        std::fs::File::from(file).write_all(text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Puts every layer in reach with its owners shifted into the sandbox's range,
+/// and returns the overlay's list of them, top first.
+fn place_layers(plan: &RootPlan, user_namespace: BorrowedFd<'_>) -> Result<String, Failure> {
+    let mut names = Vec::with_capacity(plan.layers.len());
+    for (index, layer) in plan.layers.iter().enumerate() {
+        let name = format!("l{index}");
+        let mount = mounts::detached_copy(layer, false).step("open a layer of the image")?;
+        mounts::restrict(mount.as_fd(), false, Some(user_namespace)).step("shift the owners of a layer")?;
+        mounts::make_dir(&name, 0o755).step("mount a layer")?;
+        mounts::attach(mount.as_fd(), &name).step("mount a layer")?;
+        names.push(name);
+    }
+    names.reverse();
+    Ok(names.join(":"))
+}
+
+/// Shows parts of the host read-only, owned by nobody: the host's root is not
+/// mapped, so that only what every user may read can be read.
+fn show_host(host: &HostPlan) -> io::Result<()> {
+    let inside = |path: &Path| -> io::Result<String> {
+        let text = path.to_str().ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(format!("root/{}", text.trim_start_matches('/')))
+    };
+    for path in &host.shown {
+        let tree = mounts::detached_copy(path, true)?;
+        mounts::restrict(tree.as_fd(), true, None)?;
+        mounts::attach(tree.as_fd(), &inside(path)?)?;
+    }
+    for path in &host.hidden {
+        mounts::bind("empty", &inside(path)?, true)?;
+    }
+    for (path, own) in &host.private {
+        mounts::bind(&inside(own)?, &inside(path)?, false)?;
+    }
+    Ok(())
+}
+
+fn not_text(path: &Path) -> Failure {
+    Failure {
+        kind: FailureKind::System,
+        step: "name a directory".into(),
+        message: format!("{} is not UTF-8", path.display()),
+    }
+}

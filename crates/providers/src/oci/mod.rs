@@ -1,0 +1,223 @@
+//! OCI containers started by this binary itself: no daemon, milliseconds.
+//!
+//! A sandbox is a process tree in namespaces of its own whose first process is
+//! our agent. What keeps it in, and what does not, is in `docs/security.md`.
+//!
+//! ```text
+//!            create                    destroy
+//!  (nothing) ──────▶ state.json ─launch─▶ init.json ──▶ killed ──▶ trash ──▶ (nothing)
+//!                        │                    │
+//!                        └── crash: remains   └── init ended by itself: dead
+//!                              │                     │
+//!                              └────── sweep ────────┘── destroy
+//! ```
+//!
+//! Files: `spawner` forks, `launch` is what the fork does, `create` and
+//! `destroy` are the two ends of a life, `state` is what is on disk, `sweep`
+//! finds what nobody owns. The rest is named after what the kernel calls it.
+
+mod capabilities;
+mod cgroup;
+mod channel;
+mod claims;
+mod create;
+mod destroy;
+mod error;
+mod health;
+mod host_image;
+mod ids;
+mod launch;
+mod network;
+mod options;
+mod pairs;
+mod process;
+mod registry;
+mod runtime;
+mod seccomp;
+mod spawner;
+mod state;
+mod sweep;
+mod sys;
+mod trash;
+
+use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use stacyvm_api::SandboxId;
+use stacyvm_sandbox::{
+    Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderError, ResourceUsage,
+    RuntimeSandbox, RuntimeState, SandboxSpec,
+};
+
+pub use options::{BridgeOptions, HostImageOptions, OciOptions, SpawnerCommand};
+pub use spawner::spawner_main;
+
+use channel::OciChannel;
+use error::OciError;
+use registry::Live;
+use runtime::Runtime;
+use state::OnDisk;
+
+/// Stable name of this provider.
+const NAME: &str = "oci";
+
+/// The embedded runtime.
+pub struct OciProvider {
+    runtime: Arc<Runtime>,
+}
+
+impl OciProvider {
+    /// Takes up the data directory and the sandboxes in it. Needs a tokio
+    /// runtime; starts background work that [`Provider::shutdown`] ends.
+    pub async fn open(options: OciOptions) -> Result<Self, ProviderError> {
+        Ok(Self { runtime: Runtime::open(&options).await? })
+    }
+
+    /// Process id of the spawner, while there is one.
+    pub async fn spawner_pid(&self) -> Option<u32> {
+        self.runtime.spawner.pid().await
+    }
+
+    /// The sandbox if its init lives, whichever process of this server made it.
+    fn live(&self, id: &SandboxId) -> Result<Arc<Live>, ProviderError> {
+        let found = self.adopt(id).map_err(|error| error.of("look at the sandbox"))?;
+        found.ok_or_else(|| ProviderError::NotFound(id.clone()))
+    }
+
+    fn adopt(&self, id: &SandboxId) -> Result<Option<Arc<Live>>, OciError> {
+        if let Some(live) = self.runtime.registry.find(id).and_then(|entry| entry.live()) {
+            let ended = process::has_ended(live.init()).map_err(OciError::system("look at the sandbox's init"))?;
+            return Ok((!ended).then_some(live));
+        }
+        let (live, _) = destroy::find(&self.runtime, id)?;
+        if let Some(live) = &live {
+            self.runtime.registry.entry(id).set_live(Some(Arc::clone(live)));
+        }
+        Ok(live)
+    }
+
+    fn describe_on_disk(&self, id: SandboxId) -> Result<Option<RuntimeSandbox>, OciError> {
+        let sandbox = self.runtime.layout.sandbox(&id);
+        let OnDisk::Launched(record, _) = state::load(&sandbox).map_err(OciError::file("read", &sandbox))? else {
+            return Ok(None);
+        };
+        let state = if self.adopt(&id)?.is_some() { RuntimeState::Running } else { RuntimeState::Dead };
+        Ok(Some(RuntimeSandbox {
+            id,
+            state,
+            image: Some(record.image),
+            created_at: Some(record.created_at),
+            metadata: record.metadata,
+        }))
+    }
+}
+
+#[async_trait]
+impl Provider for OciProvider {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            pty: true,
+            watch: true,
+            dial: true,
+            stats: true,
+            survives_restart: true,
+            network: self.runtime.connected.is_some(),
+            pause: false,
+            family: "container",
+            ..Capabilities::default()
+        }
+    }
+
+    fn describe(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([
+            ("instance".to_owned(), self.runtime.instance.id().to_owned()),
+            ("namespaces_ready".to_owned(), self.runtime.pairs_ready().to_string()),
+        ])
+    }
+
+    async fn check(&self) -> HealthReport {
+        health::check(&self.runtime).await
+    }
+
+    async fn create(
+        &self,
+        id: &SandboxId,
+        spec: &SandboxSpec,
+        progress: &dyn ProgressSink,
+    ) -> Result<Created, ProviderError> {
+        let image = if spec.image == host_image::REFERENCE {
+            create::resolve_host(&self.runtime)
+        } else {
+            create::resolve_stored(&self.runtime, &spec.image, progress).await?
+        };
+        create::create(&self.runtime, id, spec, image).await
+    }
+
+    async fn connect(&self, id: &SandboxId) -> Result<Connection, ProviderError> {
+        self.live(id)?;
+        let sandbox = self.runtime.layout.sandbox(id);
+        let channel =
+            OciChannel::new(&sandbox).map_err(|source| OciError::file("open", sandbox)(source).of("connect"))?;
+        Ok(Connection::Envd(Arc::new(channel)))
+    }
+
+    async fn destroy(&self, id: &SandboxId) -> Result<(), ProviderError> {
+        destroy::destroy(&self.runtime, id).await.map_err(|error| error.of("destroy the sandbox"))
+    }
+
+    async fn list(&self) -> Result<Vec<RuntimeSandbox>, ProviderError> {
+        let listed = self
+            .runtime
+            .known()
+            .map_err(OciError::system("list sandboxes"))
+            .and_then(|known| known.into_iter().map(|id| self.describe_on_disk(id)).collect::<Result<Vec<_>, _>>());
+        Ok(listed.map_err(|error| error.of("list sandboxes"))?.into_iter().flatten().collect())
+    }
+
+    async fn sweep(&self) -> Result<Vec<String>, ProviderError> {
+        sweep::sweep(&self.runtime).await.map_err(|error| error.of("sweep"))
+    }
+
+    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError> {
+        let live = self.live(id)?;
+        live.ended().await.map_err(|source| OciError::system("wait for the sandbox's end")(source).of("wait"))
+    }
+
+    async fn usage(&self, id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
+        let live = self.live(id)?;
+        let reading = self.runtime.cgroups.read(id.as_str());
+        let (disk_bytes, disk_limit_bytes) = disk_usage(&live);
+        Ok(ResourceUsage {
+            cpu_usec: reading.cpu_usec,
+            memory_bytes: reading.memory_bytes,
+            memory_limit_bytes: live.record.memory_limit_bytes,
+            pids: reading.pids,
+            pids_limit: live.record.pids_limit,
+            oom_kills: reading.oom_kills,
+            pids_refused: reading.pids_refused,
+            disk_bytes,
+            disk_limit_bytes,
+        })
+    }
+
+    async fn shutdown(&self) {
+        self.runtime.shutdown().await;
+    }
+}
+
+/// What the sandbox's own file system says, where it has one of its own.
+fn disk_usage(live: &Live) -> (u64, u64) {
+    let limit = live.record.disk.size_bytes.unwrap_or(0);
+    if live.record.disk.backend == "none" {
+        return (0, limit);
+    }
+    let _ = (live.init().as_raw_fd(), Path::new("/"));
+    (0, limit)
+}

@@ -1,0 +1,61 @@
+//! Settings of this provider, filled in by the program.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use stacyvm_image::ImageStore;
+
+pub use super::host_image::HostImageOptions;
+pub use super::spawner::SpawnerCommand;
+
+/// What the `oci` provider needs to know. It reads no environment itself.
+#[derive(Debug, Clone)]
+pub struct OciOptions {
+    /// The server's data directory; this provider's own is `oci` in it.
+    pub data_dir: PathBuf,
+    /// Where servers on this host agree on numbers (uids, network slots). The
+    /// same for all of them, and emptied at boot.
+    pub run_dir: PathBuf,
+    pub spawner: SpawnerCommand,
+    /// Name of our directory in the host's control group hierarchies.
+    pub cgroup_parent: String,
+    pub host_image: HostImageOptions,
+    /// Where images come from; without it there is only `host`.
+    pub images: Option<ImageStore>,
+    /// How many sandboxes without a network are prepared ahead.
+    pub prepared: usize,
+    /// The network `bridge`; without it there is only `none`.
+    pub bridge: Option<BridgeOptions>,
+}
+
+impl OciOptions {
+    pub fn new(data_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            data_dir: data_dir.into(),
+            run_dir: "/run/stacyvm".into(),
+            spawner: SpawnerCommand::default(),
+            cgroup_parent: "stacyvm".into(),
+            host_image: HostImageOptions::default(),
+            images: None,
+            prepared: 4,
+            bridge: Some(BridgeOptions::default()),
+        }
+    }
+}
+
+/// The network `bridge`. Needs root, nft, and a subnet of 198.18.0.0/15 that
+/// the host does not use; lets the host forward packets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BridgeOptions {
+    /// How many sandboxes are prepared ahead, so that a creation need not wait
+    /// for namespaces, devices and addresses.
+    pub prepared: usize,
+    /// Whom to ask for names; the host's own name servers if empty.
+    pub name_servers: Vec<SocketAddr>,
+}
+
+impl Default for BridgeOptions {
+    fn default() -> Self {
+        Self { prepared: 16, name_servers: Vec::new() }
+    }
+}

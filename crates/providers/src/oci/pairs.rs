@@ -1,0 +1,133 @@
+//! Ready pairs of a user namespace and a network namespace inside it.
+//!
+//! A network namespace must be owned by the sandbox's user namespace (or its
+//! root could not bind port 80), so the two are made together, and making them
+//! takes the kernel longer than all the rest of a sandbox. They exist only as
+//! descriptors in this process: when the server dies, so do unused ones.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::Notify;
+
+use super::error::OciError;
+use super::ids::UidRanges;
+use super::network::{Network, Port};
+use super::spawner::protocol::Job;
+use super::spawner::{CallError, Spawner};
+
+/// Two namespaces and the uids they stand for.
+pub(super) struct Pair {
+    pub(super) uids: UidRange,
+    pub(super) user: OwnedFd,
+    pub(super) network: OwnedFd,
+    /// Where it is connected, if it is.
+    pub(super) port: Option<Port>,
+}
+
+/// A range of uids that returns to the free ones unless it is kept.
+pub(super) struct UidRange {
+    base: u32,
+    ranges: Arc<UidRanges>,
+    kept: bool,
+}
+
+impl UidRange {
+    pub(super) fn base(&self) -> u32 {
+        self.base
+    }
+
+    /// A sandbox's record owns it from now on.
+    pub(super) fn keep(mut self) -> u32 {
+        self.kept = true;
+        self.base
+    }
+}
+
+impl Drop for UidRange {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.ranges.give_back(self.base);
+        }
+    }
+}
+
+/// Keeps a number of pairs ready.
+pub(super) struct PairPool {
+    spawner: Arc<Spawner>,
+    ranges: Arc<UidRanges>,
+    /// What pairs are connected to.
+    network: Option<Arc<Network>>,
+    ready: Mutex<VecDeque<Pair>>,
+    wanted: usize,
+    taken: Notify,
+}
+
+impl PairPool {
+    pub(super) fn new(
+        spawner: Arc<Spawner>,
+        ranges: Arc<UidRanges>,
+        network: Option<Arc<Network>>,
+        wanted: usize,
+    ) -> Self {
+        Self { spawner, ranges, network, ready: Mutex::default(), wanted, taken: Notify::new() }
+    }
+
+    /// A ready pair, or a new one.
+    pub(super) async fn take(&self) -> Result<Pair, OciError> {
+        let ready = self.lock().pop_front();
+        self.taken.notify_one();
+        match ready {
+            Some(pair) => Ok(pair),
+            None => self.make().await,
+        }
+    }
+
+    /// Refills after every take until the future is dropped.
+    pub(super) async fn refill(&self) {
+        loop {
+            while self.lock().len() < self.wanted {
+                match self.make().await {
+                    Ok(pair) => self.lock().push_back(pair),
+                    Err(error) => {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "cannot keep namespaces ready");
+                        break;
+                    }
+                }
+            }
+            self.taken.notified().await;
+        }
+    }
+
+    /// How many are ready.
+    pub(super) fn ready(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Frees what is ready.
+    pub(super) async fn clear(&self) {
+        let ready: Vec<Pair> = self.lock().drain(..).collect();
+        for pair in ready {
+            if let Some(port) = pair.port {
+                port.give_back().await;
+            }
+        }
+    }
+
+    async fn make(&self) -> Result<Pair, OciError> {
+        let base = self.ranges.take().map_err(OciError::system("claim uids"))?.ok_or(OciError::NoUids)?;
+        let uids = UidRange { base, ranges: Arc::clone(&self.ranges), kept: false };
+        let (_, fds) = self.spawner.call(Job::Pair { uid_base: base }, &[]).await?;
+        let [user, network] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| CallError::Lost)?;
+        let port = match &self.network {
+            Some(to) => Some(to.attach(&network).await.map_err(OciError::system("connect a sandbox"))?),
+            None => None,
+        };
+        Ok(Pair { uids, user, network, port })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Pair>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,94 @@
+//! Telling processes apart, and ending them.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+use super::spawner::protocol::Identity;
+
+/// Describes a process so that it can be told from a later one with its pid.
+pub(super) fn identify(pid: Pid) -> io::Result<Identity> {
+    let directory = format!("/proc/{}", pid.as_raw_pid());
+    let stat = std::fs::read_to_string(format!("{directory}/stat"))?;
+    let start_time = start_time(&stat).ok_or(io::ErrorKind::InvalidData)?;
+    let pid_namespace = std::fs::metadata(format!("{directory}/ns/pid"))?.ino();
+    Ok(Identity { pid: pid.as_raw_pid(), start_time, pid_namespace })
+}
+
+/// Takes hold of a process if it is still the one that was noted.
+///
+/// The pidfd comes first and the comparison after: what is compared then
+/// cannot be replaced by a newcomer between the two.
+pub(super) fn open(identity: &Identity) -> io::Result<Option<OwnedFd>> {
+    let Some(pid) = Pid::from_raw(identity.pid) else { return Ok(None) };
+    let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(rustix::io::Errno::SRCH) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    match identify(pid) {
+        Ok(now) if now == *identity && !has_ended(&pidfd)? => Ok(Some(pidfd)),
+        Ok(_) => Ok(None),
+        Err(error) if gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the process behind a pidfd has exited (it may still be a zombie).
+pub(super) fn has_ended(pidfd: impl AsFd) -> io::Result<bool> {
+    use rustix::event::{PollFd, PollFlags, Timespec};
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    Ok(rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&now))? > 0)
+}
+
+/// Kills; that the process is gone already is fine.
+pub(super) fn kill(pidfd: impl AsFd) -> io::Result<()> {
+    match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
+        Err(rustix::io::Errno::SRCH) | Ok(()) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Field 22 of `/proc/PID/stat`; the name in field 2 may hold anything.
+fn start_time(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// A process that ends while it is looked at shows as either.
+fn gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_forge_the_start_time() {
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4242 1 2 3";
+        assert_eq!(start_time(stat), Some(4242));
+    }
+
+    #[test]
+    fn a_process_is_recognised_and_an_imposter_is_not() {
+        let own = identify(rustix::process::getpid()).unwrap();
+        assert!(open(&own).unwrap().is_some());
+        let imposter = Identity { start_time: own.start_time + 1, ..own.clone() };
+        assert!(open(&imposter).unwrap().is_none());
+        let elsewhere = Identity { pid_namespace: own.pid_namespace + 1, ..own };
+        assert!(open(&elsewhere).unwrap().is_none());
+    }
+
+    #[test]
+    fn an_ended_process_is_not_found() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let identity = identify(Pid::from_child(&child)).unwrap();
+        let pidfd = open(&identity).unwrap().unwrap();
+        kill(&pidfd).unwrap();
+        child.wait().unwrap();
+        assert!(has_ended(&pidfd).unwrap());
+        assert!(open(&identity).unwrap().is_none());
+    }
+}

@@ -1,0 +1,266 @@
+//! What the parts of this provider share.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rustix::fs::FlockOperation;
+use stacyvm_api::SandboxId;
+use stacyvm_image::{Image, ImageStore};
+use stacyvm_sandbox::ProviderError;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::cgroup::Cgroups;
+use super::claims::{Claims, Instance};
+use super::error::OciError;
+use super::host_image::HostImage;
+use super::ids::UidRanges;
+use super::network::{self, Destination, Network};
+use super::options::OciOptions;
+use super::pairs::PairPool;
+use super::registry::Registry;
+use super::spawner::Spawner;
+use super::state::{self, Layout, OnDisk, Record};
+use super::{NAME, trash};
+
+/// How long to wait for an earlier process of this server to let go.
+const LOCK_LIMIT: Duration = Duration::from_secs(5);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+pub(super) struct Runtime {
+    pub(super) layout: Layout,
+    pub(super) instance: Instance,
+    pub(super) spawner: Arc<Spawner>,
+    pub(super) uids: Arc<UidRanges>,
+    /// For sandboxes without a network.
+    pub(super) plain: Arc<PairPool>,
+    pub(super) network: Arc<Network>,
+    /// For sandboxes with one, where that is offered.
+    pub(super) connected: Option<Arc<PairPool>>,
+    pub(super) images: Option<ImageStore>,
+    pub(super) cgroups: Cgroups,
+    pub(super) host_image: HostImage,
+    pub(super) registry: Registry,
+    pub(super) background: TaskTracker,
+    pub(super) stopping: CancellationToken,
+    emptying: Arc<AtomicBool>,
+    /// Held as long as this process owns the data directory.
+    _lock: File,
+}
+
+impl Runtime {
+    pub(super) async fn open(options: &OciOptions) -> Result<Arc<Self>, ProviderError> {
+        let layout = Layout::new(options.data_dir.join("oci"));
+        make_directories(&layout).map_err(|error| unavailable("its data directory cannot be made", error))?;
+        let lock = lock(layout.root()).await?;
+        let opened = Self::assemble(options, layout, lock);
+        let runtime = Arc::new(opened.map_err(|error| unavailable("its data directory cannot be used", error))?);
+        runtime.start_background();
+        Ok(runtime)
+    }
+
+    fn assemble(options: &OciOptions, layout: Layout, lock: File) -> io::Result<Self> {
+        let instance = Instance::open(layout.root())?;
+        let spawner = Arc::new(Spawner::new(options.spawner.clone()));
+        let records = records(&layout)?;
+        let claims = |kind| Claims::open(&options.run_dir, kind, instance.clone());
+        let uids = Arc::new(UidRanges::open(claims("uids")?, records.iter().map(|record| record.uid_base))?);
+        let pool = |network, wanted| Arc::new(PairPool::new(Arc::clone(&spawner), Arc::clone(&uids), network, wanted));
+        let plain = pool(None, options.prepared);
+        let name_servers = options.bridge.as_ref().map(|bridge| bridge.name_servers.clone()).unwrap_or_default();
+        let sandboxes = records.iter().filter_map(|record| record.network.connected()).collect();
+        let network = Arc::new(Network::new(claims("subnets")?, options.run_dir.clone(), name_servers, sandboxes));
+        let bridge = options.bridge.as_ref().filter(|_| network::nft().is_some());
+        let connected = bridge.map(|bridge| pool(Some(Arc::clone(&network)), bridge.prepared));
+        Ok(Self {
+            plain,
+            network,
+            connected,
+            images: options.images.clone(),
+            cgroups: Cgroups::open(&options.cgroup_parent, instance.id()),
+            host_image: HostImage::build(&layout.host_images(), &options.host_image)?,
+            registry: Registry::default(),
+            background: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            emptying: Arc::default(),
+            layout,
+            instance,
+            spawner,
+            uids,
+            _lock: lock,
+        })
+    }
+
+    fn start_background(self: &Arc<Self>) {
+        for pool in self.pools() {
+            let (pool, stopping) = (Arc::clone(pool), self.stopping.clone());
+            self.background.spawn(async move { stopping.run_until_cancelled(pool.refill()).await });
+        }
+        let network = Arc::clone(&self.network);
+        self.background.spawn(async move {
+            if let Err(error) = network.resume().await {
+                tracing::error!(%error, "sandboxes that were running have no network");
+            }
+        });
+    }
+
+    fn pools(&self) -> impl Iterator<Item = &Arc<PairPool>> {
+        std::iter::once(&self.plain).chain(self.connected.as_ref())
+    }
+
+    /// How many pairs of namespaces are ready.
+    pub(super) fn pairs_ready(&self) -> usize {
+        self.pools().map(|pool| pool.ready()).sum()
+    }
+
+    /// Keeps an image's layers for a sandbox, whoever runs.
+    pub(super) async fn lease(&self, id: &SandboxId, image: &Image) -> Result<(), OciError> {
+        match &self.images {
+            Some(store) => store.lease(id.as_str(), image).await.map_err(|error| OciError::Image(error.into())),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) async fn release(&self, id: &SandboxId) -> Result<(), OciError> {
+        match &self.images {
+            Some(store) => store.release(id.as_str()).await.map_err(|error| OciError::Image(error.into())),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets a sandbox reach more than the internet.
+    pub(super) async fn allow(&self, port: u32, destinations: &[Destination]) -> Result<(), OciError> {
+        self.network.allow(port, destinations).await.map_err(OciError::system("open the network"))
+    }
+
+    /// Every sandbox that has a directory.
+    pub(super) fn known(&self) -> io::Result<BTreeSet<SandboxId>> {
+        known(&self.layout)
+    }
+
+    /// Takes a sandbox's port back in the background: the kernel waits for
+    /// every processor when a device goes.
+    pub(super) fn disconnect(&self, record: &Record) {
+        if let Some(connected) = record.network.connected() {
+            let network = Arc::clone(&self.network);
+            self.background.spawn(async move {
+                if let Err(error) = network.detach(connected).await {
+                    tracing::warn!(%error, "a port of the router stays in use");
+                }
+            });
+        }
+    }
+
+    /// Removes in the background what destroyed sandboxes left.
+    pub(super) fn empty_trash(&self) {
+        if self.emptying.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let (emptying, trash) = (Arc::clone(&self.emptying), self.layout.trash());
+        self.background.spawn_blocking(move || {
+            loop {
+                let emptied = trash::empty(&trash);
+                emptying.store(false, Ordering::SeqCst);
+                match emptied {
+                    // Something may have come in after the look and before the
+                    // flag: look again if nobody else does.
+                    Ok(trees) if trees > 0 && !emptying.swap(true, Ordering::SeqCst) => {}
+                    Ok(_) => return,
+                    Err(error) => {
+                        tracing::warn!(%error, "a destroyed sandbox's files cannot be removed; the sweep tries again");
+                        return;
+                    }
+                }
+            }
+        });
+    }
+
+    /// Ends background work, but no sandbox.
+    pub(super) async fn shutdown(&self) {
+        self.stopping.cancel();
+        self.background.close();
+        self.background.wait().await;
+        for pool in self.pools() {
+            pool.clear().await;
+        }
+        if let Err(error) = self.network.remove_unused().await {
+            tracing::warn!(%error, "the network of sandboxes stays");
+        }
+        self.network.stop().await;
+        self.spawner.stop().await;
+        if let Err(error) = self.uids.release_unused() {
+            tracing::warn!(%error, "claims on uids stay");
+        }
+        self.cgroups.close();
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        self.stopping.cancel();
+    }
+}
+
+fn make_directories(layout: &Layout) -> io::Result<()> {
+    let mut private = std::fs::DirBuilder::new();
+    private.recursive(true).mode(0o700);
+    for directory in [layout.sandboxes(), layout.scratch(), layout.host_images(), layout.trash()] {
+        private.create(directory)?;
+    }
+    std::fs::set_permissions(layout.root(), std::os::unix::fs::PermissionsExt::from_mode(0o700))
+}
+
+/// Keeps a second server out of the same directory.
+async fn lock(root: &Path) -> Result<File, ProviderError> {
+    let path = root.join("lock");
+    let file = File::options().write(true).create(true).truncate(false).open(&path);
+    let file = file.map_err(|error| unavailable("its data directory cannot be locked", error))?;
+    let attempt = async {
+        while rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            tokio::time::sleep(LOCK_RETRY).await;
+        }
+    };
+    match tokio::time::timeout(LOCK_LIMIT, attempt).await {
+        Ok(()) => Ok(file),
+        Err(_) => Err(ProviderError::Unavailable {
+            provider: NAME.to_owned(),
+            message: "another server uses the same data directory".into(),
+            hint: Some("stop it, or give this one a data directory of its own".into()),
+            cause: None,
+        }),
+    }
+}
+
+fn known(layout: &Layout) -> io::Result<BTreeSet<SandboxId>> {
+    let mut known = BTreeSet::new();
+    for entry in std::fs::read_dir(layout.sandboxes())? {
+        known.extend(entry?.file_name().to_str().and_then(|name| name.parse().ok()));
+    }
+    Ok(known)
+}
+
+fn records(layout: &Layout) -> io::Result<Vec<Record>> {
+    let mut records = Vec::new();
+    for id in known(layout)? {
+        match state::load(&layout.sandbox(&id))? {
+            OnDisk::Launched(record, _) | OnDisk::Remains(Some(record)) => records.push(*record),
+            OnDisk::Remains(None) | OnDisk::Nothing => {}
+        }
+    }
+    Ok(records)
+}
+
+fn unavailable(message: &str, cause: io::Error) -> ProviderError {
+    ProviderError::Unavailable {
+        provider: NAME.to_owned(),
+        message: message.to_owned(),
+        hint: None,
+        cause: Some(cause.into()),
+    }
+}

@@ -1,0 +1,271 @@
+//! The spawner process: one thread that forks.
+//!
+//! Forking from a server full of threads is not safe (a lock held by another
+//! thread stays locked in the child for ever), so the server starts this
+//! process once and sends it orders. It holds no state worth keeping: when the
+//! server goes away it reads end-of-file and exits, and the sandboxes it
+//! started live on as orphans that know what they need.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::process::Pid;
+
+use super::packet;
+use super::protocol::{Done, Failure, Identity, Job, LaunchPlan, MAX_MESSAGE_BYTES, Reply, Request, Step};
+use crate::oci::launch::{self, Common, LaunchFds};
+use crate::oci::sys::{self, Forked};
+use crate::oci::{ids, process, seccomp};
+
+/// Longest text a failing child may send.
+const MAX_STATUS_BYTES: u64 = 16 * 1024;
+
+/// Runs the spawner on the socket that standard input is, until the server is
+/// gone. For the host binary's hidden subcommand; call it before any thread
+/// exists.
+pub fn spawner_main(agent: &[u8]) -> ! {
+    let status = match serve(agent) {
+        Ok(()) => 0,
+        Err(error) => {
+            // Standard error is the server's own; there is no other channel.
+            let _ = writeln!(io::stderr(), "sandbox spawner: {error}");
+            1
+        }
+    };
+    sys::exit_now(status)
+}
+
+fn serve(agent: &[u8]) -> io::Result<()> {
+    let control = sys::inherited(0);
+    sys::reap_children_automatically();
+    rustix::thread::set_name(c"svm-spawner")?;
+    let common = Common { program: seal(agent)?, seccomp: seccomp::build().map_err(io::Error::other)? };
+    let mut spawner = Spawner { control, common, pending: Vec::new() };
+    loop {
+        let ready = spawner.wait()?;
+        // Children first: their answers have somebody waiting.
+        for index in ready.children.into_iter().rev() {
+            spawner.read_child(index)?;
+        }
+        if ready.control && !spawner.take_request()? {
+            return Ok(());
+        }
+    }
+}
+
+struct Spawner {
+    control: OwnedFd,
+    common: Common,
+    pending: Vec<Pending>,
+}
+
+/// A child on its way.
+struct Pending {
+    id: u64,
+    status: std::fs::File,
+    said: Vec<u8>,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    /// The child waits at the gate until its network namespace is opened.
+    Pair {
+        pid: Pid,
+        user: OwnedFd,
+        gate: OwnedFd,
+    },
+    Launch {
+        pidfd: OwnedFd,
+        identity: Identity,
+    },
+}
+
+struct Ready {
+    control: bool,
+    children: Vec<usize>,
+}
+
+impl Spawner {
+    fn wait(&self) -> io::Result<Ready> {
+        let mut fds = vec![PollFd::new(&self.control, PollFlags::IN)];
+        fds.extend(self.pending.iter().map(|child| PollFd::new(&child.status, PollFlags::IN)));
+        loop {
+            match rustix::event::poll(&mut fds, None) {
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let children = (0..self.pending.len()).filter(|index| !fds[index + 1].revents().is_empty()).collect();
+        Ok(Ready { control: !fds[0].revents().is_empty(), children })
+    }
+
+    /// Handles one order; false when the server is gone.
+    fn take_request(&mut self) -> io::Result<bool> {
+        let Some((request, fds)) = packet::receive::<Request>(&self.control)? else { return Ok(false) };
+        let id = request.id;
+        let started = match request.job {
+            Job::Pair { uid_base } => start_pair(id, uid_base),
+            Job::Launch(plan) => self.start_launch(id, &plan, fds),
+        };
+        match started {
+            Ok(pending) => self.pending.push(pending),
+            Err(failure) => packet::send(&self.control, &Reply { id, result: Err(failure) }, &[])?,
+        }
+        Ok(true)
+    }
+
+    fn start_launch(&self, id: u64, plan: &LaunchPlan, fds: Vec<OwnedFd>) -> Result<Pending, Failure> {
+        let fds = LaunchFds::sort(plan, fds).ok_or_else(|| Failure::system("start", &"descriptors are missing"))?;
+        let cgroup = match &plan.cgroup.v2_dir {
+            Some(dir) => Some(open_dir(dir).step("open the control group")?),
+            None => None,
+        };
+        let (status, status_of_child) = pipe().step("start")?;
+        let (gate_of_child, gate) = pipe().step("start")?;
+        let namespaces = libc::CLONE_NEWPID as u64;
+        match sys::fork_into(namespaces, cgroup.as_ref().map(AsFd::as_fd)).step("fork")? {
+            Forked::Child => {
+                drop((status, gate));
+                launch::become_init(plan, fds, &self.common, status_of_child, &gate_of_child)
+            }
+            Forked::Parent { pid, pidfd } => {
+                // From here on an early return closes the gate, and the child
+                // ends itself.
+                let identity = process::identify(pid).step("identify the sandbox's init")?;
+                note(&plan.identity_file, &identity).step("note the sandbox's init")?;
+                std::fs::File::from(gate).write_all(&[1]).step("release the sandbox's init")?;
+                Ok(Pending {
+                    id,
+                    status: status.into(),
+                    said: Vec::new(),
+                    outcome: Outcome::Launch { pidfd, identity },
+                })
+            }
+        }
+    }
+
+    /// Takes what a child says; answers for it once it has said all.
+    fn read_child(&mut self, index: usize) -> io::Result<()> {
+        let child = &mut self.pending[index];
+        let mut buffer = [0; 4096];
+        let count = child.status.read(&mut buffer)?;
+        child.said.extend_from_slice(&buffer[..count]);
+        let paired = matches!(child.outcome, Outcome::Pair { .. }) && child.said == [launch::READY];
+        if count > 0 && !paired && (child.said.len() as u64) < MAX_STATUS_BYTES {
+            return Ok(());
+        }
+        let child = self.pending.swap_remove(index);
+        let id = child.id;
+        let (result, fds) = match child.finish() {
+            Ok((done, fds)) => (Ok(done), fds),
+            Err(failure) => (Err(failure), Vec::new()),
+        };
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        packet::send(&self.control, &Reply { id, result }, &fds)
+    }
+}
+
+impl Pending {
+    fn finish(self) -> Result<(Done, Vec<OwnedFd>), Failure> {
+        match self.said.strip_prefix(&[launch::READY]) {
+            Some([]) => {}
+            Some(text) => return Err(failure_from(text)),
+            None => return Err(failure_from(&self.said)),
+        }
+        match self.outcome {
+            Outcome::Launch { pidfd, identity } => Ok((Done::Launched(identity), vec![pidfd])),
+            Outcome::Pair { pid, user, gate } => {
+                let network = open_namespace(pid, "net").step("open a network namespace")?;
+                drop(gate);
+                Ok((Done::Paired, vec![user, network]))
+            }
+        }
+    }
+}
+
+fn failure_from(text: &[u8]) -> Failure {
+    serde_json::from_slice(text).unwrap_or_else(|_| Failure::system("start", &"the launcher ended without a word"))
+}
+
+/// Makes a user namespace with its range of uids and a network namespace owned
+/// by it. They exist as long as somebody holds their descriptors.
+fn start_pair(id: u64, uid_base: u32) -> Result<Pending, Failure> {
+    const STEP: &str = "make a pair of namespaces";
+    let (status, status_of_child) = pipe().step(STEP)?;
+    let (gate_of_child, gate) = pipe().step(STEP)?;
+    match sys::fork_into(libc::CLONE_NEWUSER as u64, None).step(STEP)? {
+        Forked::Child => {
+            drop((status, gate));
+            make_network(status_of_child, gate_of_child)
+        }
+        Forked::Parent { pid, pidfd: _ } => {
+            let directory = format!("/proc/{}", pid.as_raw_pid());
+            let map = format!("0 {uid_base} {}\n", ids::RANGE);
+            std::fs::write(format!("{directory}/uid_map"), &map).step(STEP)?;
+            std::fs::write(format!("{directory}/gid_map"), &map).step(STEP)?;
+            let user = open_namespace(pid, "user").step(STEP)?;
+            let outcome = Outcome::Pair { pid, user, gate };
+            Ok(Pending { id, status: status.into(), said: Vec::new(), outcome })
+        }
+    }
+}
+
+fn make_network(status: OwnedFd, gate: OwnedFd) -> ! {
+    let mut status = std::fs::File::from(status);
+    let made = (|| {
+        sys::unshare(libc::CLONE_NEWNET).step("make a network namespace")?;
+        sys::loopback_up().step("bring loopback up")?;
+        status.write_all(&[launch::READY]).step("report")?;
+        // Stay until the parent has opened it.
+        std::fs::File::from(gate).read_to_end(&mut Vec::new()).step("wait for the spawner")
+    })();
+    if let Err(failure) = made {
+        let _ = serde_json::to_vec(&failure).map(|text| status.write_all(&text));
+    }
+    sys::exit_now(0)
+}
+
+/// The agent as a file in memory that nobody can change any more; all
+/// sandboxes share its pages.
+fn seal(agent: &[u8]) -> io::Result<OwnedFd> {
+    let name = "stacyvm-agent";
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memfd = match rustix::fs::memfd_create(name, flags | MemfdFlags::EXEC) {
+        // Kernels before 6.3 know no such flag and need none.
+        Err(rustix::io::Errno::INVAL) => rustix::fs::memfd_create(name, flags)?,
+        created => created?,
+    };
+    let mut file = std::fs::File::from(memfd);
+    file.write_all(agent)?;
+    rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o555))?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    // A descriptor open for writing would make the exec fail with ETXTBSY.
+    let read_only = std::fs::File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok(read_only.into())
+}
+
+fn open_namespace(pid: Pid, kind: &str) -> io::Result<OwnedFd> {
+    std::fs::File::open(format!("/proc/{}/ns/{kind}", pid.as_raw_pid())).map(OwnedFd::from)
+}
+
+fn open_dir(path: &Path) -> io::Result<OwnedFd> {
+    use rustix::fs::{Mode, OFlags};
+    Ok(rustix::fs::open(path, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
+}
+
+/// Writes the identity whole or not at all.
+fn note(path: &Path, identity: &Identity) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    std::fs::write(&fresh, serde_json::to_vec(identity)?)?;
+    std::fs::rename(&fresh, path)
+}
+
+const _: () = assert!(MAX_STATUS_BYTES < MAX_MESSAGE_BYTES as u64);

@@ -1,0 +1,247 @@
+//! What is known of a sandbox on disk.
+//!
+//! ```text
+//! <data>/oci/                     0700 root
+//!   instance, lock                whose directory this is
+//!   scratch/                      empty; a launch mounts on it, in its own namespace
+//!   host-image/<digest>/          skeletons of image `host`
+//!   sandboxes/<id>/
+//!     state.json                  written first: what the sandbox holds
+//!     init.json                   written by the spawner: who its init is
+//!     agent.sock                  where its agent listens
+//!     disk/                       its writable layer, where that is a directory
+//!   trash/<n>/                    on its way out
+//! ```
+//!
+//! `state.json` without `init.json` is a creation that never finished. Nothing
+//! is synced to the device: after a crash of the host no sandbox is left.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use stacyvm_api::{LimitReport, SandboxId, Timestamp};
+
+use super::network::{Connected, Destination};
+use super::spawner::protocol::Identity;
+
+const VERSION: u32 = 1;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Record {
+    version: u32,
+    pub(super) id: SandboxId,
+    /// As requested.
+    pub(super) image: String,
+    pub(super) created_at: Timestamp,
+    pub(super) metadata: BTreeMap<String, String>,
+    /// Which run of the kernel it belongs to.
+    pub(super) boot_id: String,
+    pub(super) uid_base: u32,
+    pub(super) network: NetworkRecord,
+    pub(super) disk: DiskRecord,
+    /// Directories the root is made of, which must stay.
+    pub(super) layers: Vec<PathBuf>,
+    pub(super) memory_limit_bytes: u64,
+    pub(super) pids_limit: u64,
+    pub(super) limits: LimitReport,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum NetworkRecord {
+    None,
+    /// A veth of the router's.
+    Bridge {
+        port: u32,
+        allow: Vec<String>,
+    },
+}
+
+impl NetworkRecord {
+    /// The sandbox's place in the network.
+    pub(super) fn connected(&self) -> Option<Connected> {
+        let Self::Bridge { port, allow } = self else { return None };
+        // Only what was parsed before is ever written.
+        let allowed = allow.iter().filter_map(|text| Destination::parse(text).ok()).collect();
+        Some(Connected { port: *port, allowed })
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct DiskRecord {
+    /// `project_quota`, `loop`, `memory` or `none`.
+    pub(super) backend: String,
+    pub(super) size_bytes: Option<u64>,
+}
+
+impl Record {
+    pub(super) const fn version() -> u32 {
+        VERSION
+    }
+}
+
+/// Values for a new record; `Record` itself is only made here.
+pub(super) struct NewRecord {
+    pub(super) id: SandboxId,
+    pub(super) image: String,
+    pub(super) metadata: BTreeMap<String, String>,
+    pub(super) uid_base: u32,
+    pub(super) network: NetworkRecord,
+    pub(super) disk: DiskRecord,
+    pub(super) layers: Vec<PathBuf>,
+    pub(super) memory_limit_bytes: u64,
+    pub(super) pids_limit: u64,
+    pub(super) limits: LimitReport,
+}
+
+impl From<NewRecord> for Record {
+    fn from(new: NewRecord) -> Self {
+        Self {
+            version: VERSION,
+            id: new.id,
+            image: new.image,
+            created_at: Timestamp::now(),
+            metadata: new.metadata,
+            boot_id: boot_id(),
+            uid_base: new.uid_base,
+            network: new.network,
+            disk: new.disk,
+            layers: new.layers,
+            memory_limit_bytes: new.memory_limit_bytes,
+            pids_limit: new.pids_limit,
+            limits: new.limits,
+        }
+    }
+}
+
+/// Paths below one data directory.
+#[derive(Debug, Clone)]
+pub(super) struct Layout {
+    root: PathBuf,
+}
+
+impl Layout {
+    pub(super) fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(super) fn sandboxes(&self) -> PathBuf {
+        self.root.join("sandboxes")
+    }
+
+    pub(super) fn sandbox(&self, id: &SandboxId) -> PathBuf {
+        self.sandboxes().join(id.as_str())
+    }
+
+    pub(super) fn scratch(&self) -> PathBuf {
+        self.root.join("scratch")
+    }
+
+    pub(super) fn host_images(&self) -> PathBuf {
+        self.root.join("host-image")
+    }
+
+    pub(super) fn trash(&self) -> PathBuf {
+        self.root.join("trash")
+    }
+}
+
+pub(super) fn identity_file(sandbox: &Path) -> PathBuf {
+    sandbox.join("init.json")
+}
+
+pub(super) fn socket_name() -> &'static str {
+    "agent.sock"
+}
+
+pub(super) fn disk_dir(sandbox: &Path) -> PathBuf {
+    sandbox.join("disk")
+}
+
+/// Writes the record; a reader sees it whole or not at all.
+pub(super) fn save(sandbox: &Path, record: &Record) -> io::Result<()> {
+    let fresh = sandbox.join("state.new");
+    std::fs::write(&fresh, serde_json::to_vec(record)?)?;
+    std::fs::rename(fresh, sandbox.join("state.json"))
+}
+
+/// What a sandbox's directory says about it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum OnDisk {
+    /// Launched, some time.
+    Launched(Box<Record>, Identity),
+    /// Never finished, or unreadable: only remains.
+    Remains(Option<Box<Record>>),
+    Nothing,
+}
+
+pub(super) fn load(sandbox: &Path) -> io::Result<OnDisk> {
+    if !sandbox.exists() {
+        return Ok(OnDisk::Nothing);
+    }
+    let record = read_json::<Record>(&sandbox.join("state.json"))?.filter(|record| record.version == Record::version());
+    let identity = read_json::<Identity>(&identity_file(sandbox))?;
+    Ok(match (record, identity) {
+        (Some(record), Some(identity)) => OnDisk::Launched(Box::new(record), identity),
+        (record, _) => OnDisk::Remains(record.map(Box::new)),
+    })
+}
+
+/// Which run of the kernel this is.
+pub(super) fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// `None` when it is missing or damaged; other errors are the host's trouble.
+fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        NewRecord {
+            id: SandboxId::random(),
+            image: "host".into(),
+            metadata: BTreeMap::from([("team".into(), "a".into())]),
+            uid_base: 0x7000_0000,
+            network: NetworkRecord::Bridge { port: 3, allow: vec!["10.0.0.1".into()] },
+            disk: DiskRecord { backend: "none".into(), size_bytes: None },
+            layers: vec!["/layer".into()],
+            memory_limit_bytes: 1 << 20,
+            pids_limit: 10,
+            limits: LimitReport::default(),
+        }
+        .into()
+    }
+
+    #[test]
+    fn a_sandbox_counts_as_launched_only_with_both_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let sandbox = dir.path().join("sb");
+        assert_eq!(load(&sandbox).unwrap(), OnDisk::Nothing);
+        std::fs::create_dir(&sandbox).unwrap();
+        assert_eq!(load(&sandbox).unwrap(), OnDisk::Remains(None));
+        let record = record();
+        save(&sandbox, &record).unwrap();
+        assert_eq!(load(&sandbox).unwrap(), OnDisk::Remains(Some(Box::new(record.clone()))));
+        let identity = Identity { pid: 1, start_time: 2, pid_namespace: 3 };
+        std::fs::write(identity_file(&sandbox), serde_json::to_vec(&identity).unwrap()).unwrap();
+        assert_eq!(load(&sandbox).unwrap(), OnDisk::Launched(Box::new(record), identity));
+        std::fs::write(sandbox.join("state.json"), "{").unwrap();
+        assert_eq!(load(&sandbox).unwrap(), OnDisk::Remains(None));
+    }
+}

@@ -1,0 +1,120 @@
+//! Finding what nobody owns.
+
+use std::sync::Arc;
+
+use stacyvm_api::SandboxId;
+
+use super::error::OciError;
+use super::runtime::Runtime;
+use super::state::{self, OnDisk};
+use super::{cgroup, destroy, trash};
+
+/// Frees what no sandbox owns and says what that was.
+pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, OciError> {
+    let mut freed = Vec::new();
+    remains(runtime, &mut freed).await?;
+    groups(runtime, &mut freed).await?;
+    skeletons(runtime, &mut freed)?;
+    leases(runtime, &mut freed).await?;
+    unused_network(runtime, &mut freed).await;
+    let trash_dir = runtime.layout.trash();
+    let trees = tokio::task::spawn_blocking(move || trash::empty(&trash_dir)).await;
+    if let Ok(Ok(trees @ 1..)) = trees {
+        freed.push(format!("the files of {trees} destroyed sandboxes"));
+    }
+    Ok(freed)
+}
+
+/// Creations that never finished.
+async fn remains(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), OciError> {
+    for id in runtime.known().map_err(OciError::system("list sandboxes"))? {
+        let entry = runtime.registry.entry(&id);
+        // Somebody who holds the gate is making or freeing it right now.
+        if let Ok(gate) = Arc::clone(&entry.gate).try_lock_owned() {
+            let sandbox = runtime.layout.sandbox(&id);
+            let on_disk = state::load(&sandbox).map_err(OciError::file("read", &sandbox))?;
+            if matches!(on_disk, OnDisk::Remains(_)) && entry.live().is_none() {
+                destroy::free(runtime, &id, None).await?;
+                freed.push(format!("what was left of {id}, whose creation never finished"));
+            }
+            drop(gate);
+        }
+        runtime.registry.forget(&id, entry);
+    }
+    Ok(())
+}
+
+/// Control groups without a sandbox, with all that still runs in them.
+async fn groups(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), OciError> {
+    for name in runtime.cgroups.sandboxes() {
+        let Ok(id) = name.parse::<SandboxId>() else { continue };
+        let entry = runtime.registry.entry(&id);
+        if let Ok(gate) = Arc::clone(&entry.gate).try_lock_owned() {
+            if !runtime.layout.sandbox(&id).exists() {
+                let directories = runtime.cgroups.directories(&name);
+                let removed = tokio::task::spawn_blocking(move || {
+                    directories.iter().try_for_each(|directory| cgroup::remove(directory))
+                });
+                match removed.await {
+                    Ok(Ok(())) => freed.push(format!("control groups of {id} and whatever ran in them")),
+                    Ok(Err(error)) => tracing::warn!(sandbox = %id, %error, "control groups cannot be removed"),
+                    Err(error) => tracing::warn!(sandbox = %id, %error, "control groups cannot be removed"),
+                }
+            }
+            drop(gate);
+        }
+        runtime.registry.forget(&id, entry);
+    }
+    Ok(())
+}
+
+/// Holds on image layers of sandboxes that are gone.
+async fn leases(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), OciError> {
+    let Some(store) = &runtime.images else { return Ok(()) };
+    for lease in store.leases().await.map_err(|error| OciError::Image(error.into()))? {
+        let Ok(id) = lease.owner.parse::<SandboxId>() else { continue };
+        let entry = runtime.registry.entry(&id);
+        if let Ok(gate) = Arc::clone(&entry.gate).try_lock_owned() {
+            if !runtime.layout.sandbox(&id).exists() {
+                runtime.release(&id).await?;
+                freed.push(format!("the image layers that {id} held"));
+            }
+            drop(gate);
+        }
+        runtime.registry.forget(&id, entry);
+    }
+    Ok(())
+}
+
+/// The network of a server that no longer offers one.
+async fn unused_network(runtime: &Arc<Runtime>, freed: &mut Vec<String>) {
+    // One that is offered is there to be used.
+    if runtime.connected.is_some() {
+        return;
+    }
+    match runtime.network.remove_unused().await {
+        Ok(true) => freed.push("a network without sandboxes".into()),
+        Ok(false) => {}
+        Err(error) => tracing::warn!(%error, "a network without sandboxes cannot be removed"),
+    }
+}
+
+/// Skeletons of image `host` that no sandbox is built on any more.
+fn skeletons(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), OciError> {
+    let mut used = vec![runtime.host_image.skeleton.clone()];
+    for id in runtime.known().map_err(OciError::system("list sandboxes"))? {
+        let sandbox = runtime.layout.sandbox(&id);
+        match state::load(&sandbox).map_err(OciError::file("read", &sandbox))? {
+            OnDisk::Launched(record, _) | OnDisk::Remains(Some(record)) => used.extend(record.layers),
+            OnDisk::Remains(None) | OnDisk::Nothing => {}
+        }
+    }
+    let directory = runtime.layout.host_images();
+    for entry in std::fs::read_dir(&directory).map_err(OciError::file("read", &directory))?.flatten() {
+        if !used.contains(&entry.path()) {
+            trash::discard(&runtime.layout.trash(), &entry.path()).map_err(OciError::file("discard", entry.path()))?;
+            freed.push(format!("an outdated copy of image `host` ({})", entry.file_name().to_string_lossy()));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! Removing trees that a guest has written.
+//!
+//! A guest can nest directories deeper than any stack or descriptor table is:
+//! a recursive removal would crash the server. So directories are never
+//! entered twice over: one that is not empty is moved up beside the others and
+//! emptied in turn. Names are taken relative to an open directory and symlinks
+//! are unlinked, never followed.
+
+use std::collections::VecDeque;
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+/// Makes names in the trash unique within a process; see [`fresh_name`].
+static COUNTER: AtomicU64 = AtomicU64::new(0);
+
+/// Moves a tree into the trash, from where it is removed later. Missing is fine.
+pub(super) fn discard(trash: &Path, tree: &Path) -> io::Result<()> {
+    match std::fs::rename(tree, trash.join(fresh_name().to_string_lossy().as_ref())) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        moved => moved,
+    }
+}
+
+/// Removes everything in the trash; returns how many trees that was.
+pub(super) fn empty(trash: &Path) -> io::Result<usize> {
+    let trash = open_dir(rustix::fs::CWD, trash)?;
+    let mut waiting: VecDeque<CString> = names(trash.as_fd())?.into_iter().map(|(name, _)| name).collect();
+    let trees = waiting.len();
+    while let Some(name) = waiting.pop_front() {
+        if remove_entry(trash.as_fd(), &name, FileType::Unknown)? {
+            continue;
+        }
+        let moved_up = clear(trash.as_fd(), &name)?;
+        if moved_up.is_empty() {
+            // Nothing is left in it; unless somebody writes into the trash.
+            remove_entry(trash.as_fd(), &name, FileType::Directory)?;
+        } else {
+            waiting.extend(moved_up);
+            waiting.push_back(name);
+        }
+    }
+    Ok(trees)
+}
+
+/// Unlinks what can be unlinked in a directory and moves the rest up.
+fn clear(trash: BorrowedFd<'_>, name: &CStr) -> io::Result<Vec<CString>> {
+    let directory = match open_dir(trash, name) {
+        // Another worker had it already.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        opened => opened?,
+    };
+    let mut moved = Vec::new();
+    for (entry, kind) in names(directory.as_fd())? {
+        if remove_entry(directory.as_fd(), &entry, kind)? {
+            continue;
+        }
+        let fresh = fresh_name();
+        match rustix::fs::renameat(&directory, &entry, trash, &fresh) {
+            Ok(()) => moved.push(fresh),
+            Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(moved)
+}
+
+/// False when it is a directory with something in it.
+fn remove_entry(parent: BorrowedFd<'_>, name: &CStr, kind: FileType) -> io::Result<bool> {
+    if kind != FileType::Directory {
+        match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(true),
+            Err(Errno::ISDIR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(true),
+        Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<(CString, FileType)>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(directory)? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            names.push((entry.file_name().to_owned(), entry.file_type()));
+        }
+    }
+    Ok(names)
+}
+
+fn open_dir<P: rustix::path::Arg>(parent: impl AsFd, name: P) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(parent, name, flags, Mode::empty())?)
+}
+
+/// A name no other process uses either: it holds our pid and our start.
+fn fresh_name() -> CString {
+    let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+    let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    CString::new(format!("{}-{nanos}-{number}", std::process::id())).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn trees_deeper_than_any_stack_go_and_links_are_not_followed() {
+        // In memory: on a disk, this many nested directories take a while.
+        let root = tempfile::tempdir_in("/dev/shm").unwrap();
+        let (trash, outside) = (root.path().join("trash"), root.path().join("outside"));
+        std::fs::create_dir(&trash).unwrap();
+        std::fs::create_dir(&outside).unwrap();
+        std::fs::write(outside.join("precious"), "x").unwrap();
+
+        let tree = root.path().join("tree");
+        std::fs::create_dir(&tree).unwrap();
+        let mut at = open_dir(rustix::fs::CWD, &tree).unwrap();
+        // Far beyond PATH_MAX and the default number of descriptors.
+        for depth in 0..5000 {
+            rustix::fs::mkdirat(&at, "deeper", Mode::from_raw_mode(0o700)).unwrap();
+            if depth % 100 == 0 {
+                rustix::fs::symlinkat(&outside, &at, "link").unwrap();
+            }
+            at = open_dir(&at, "deeper").unwrap();
+        }
+        symlink(&outside, tree.join("to-outside")).unwrap();
+        std::fs::write(tree.join("file"), "content").unwrap();
+
+        discard(&trash, &tree).unwrap();
+        discard(&trash, &tree).unwrap();
+        assert!(!tree.exists());
+        assert_eq!(empty(&trash).unwrap(), 1);
+        assert_eq!(std::fs::read_dir(&trash).unwrap().count(), 0);
+        assert_eq!(std::fs::metadata(outside.join("precious")).unwrap().size(), 1);
+    }
+}

@@ -1,0 +1,196 @@
+//! The contract of a runtime.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use stacyvm_api::{LimitReport, SandboxId, Timestamp};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::{HealthReport, ProviderError, SandboxSpec, Session};
+
+/// A runtime: something that can give a sandbox a place to run.
+///
+/// Guarantees that every implementation keeps, and that the contract suite
+/// checks: `create` frees everything it made when it fails or is dropped;
+/// `destroy` of an unknown id succeeds; `list` shows every sandbox of ours that
+/// exists on the runtime, known to the store or not; nothing here needs the
+/// server process that called `create` to be still alive.
+#[async_trait]
+pub trait Provider: Send + Sync + 'static {
+    /// Stable name, as in the configuration and in stored records.
+    fn name(&self) -> &str;
+
+    fn capabilities(&self) -> Capabilities;
+
+    /// Settings worth showing (`GET /providers/{name}`); never a secret.
+    fn describe(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
+
+    /// Looks at everything a sandbox needs, without side effects.
+    async fn check(&self) -> HealthReport;
+
+    /// Makes a sandbox whose agent can be connected to.
+    async fn create(
+        &self,
+        id: &SandboxId,
+        spec: &SandboxSpec,
+        progress: &dyn ProgressSink,
+    ) -> Result<Created, ProviderError>;
+
+    /// A way into a sandbox, also one that an earlier server process made.
+    async fn connect(&self, id: &SandboxId) -> Result<Connection, ProviderError>;
+
+    /// Ends a sandbox and frees all it used. Unknown ids succeed.
+    async fn destroy(&self, id: &SandboxId) -> Result<(), ProviderError>;
+
+    /// Every sandbox of ours on this runtime.
+    async fn list(&self) -> Result<Vec<RuntimeSandbox>, ProviderError>;
+
+    /// Frees what no sandbox owns (processes, mounts, cgroups, namespaces,
+    /// devices, directories) and says in words what it freed. Called at start
+    /// and on a timer; sandboxes that `list` shows are not orphans.
+    async fn sweep(&self) -> Result<Vec<String>, ProviderError> {
+        Ok(Vec::new())
+    }
+
+    /// Resolves when the sandbox has ended by itself.
+    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError>;
+
+    async fn usage(&self, _id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
+        Err(self.unsupported("usage"))
+    }
+
+    async fn pause(&self, _id: &SandboxId) -> Result<(), ProviderError> {
+        Err(self.unsupported("pause"))
+    }
+
+    async fn resume(&self, _id: &SandboxId) -> Result<(), ProviderError> {
+        Err(self.unsupported("resume"))
+    }
+
+    /// Ends background work (pools, helpers) but no sandbox.
+    async fn shutdown(&self) {}
+
+    fn unsupported(&self, operation: &'static str) -> ProviderError {
+        ProviderError::Unsupported { provider: self.name().to_owned(), operation }
+    }
+}
+
+/// What a runtime can do beyond create, connect, destroy and list.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent yes-or-no facts, always built by field name")]
+pub struct Capabilities {
+    /// Terminals, stdin and signals.
+    pub pty: bool,
+    pub watch: bool,
+    /// Reaching ports inside.
+    pub dial: bool,
+    pub stats: bool,
+    /// Sandboxes outlive the server process.
+    pub survives_restart: bool,
+    /// An outgoing network.
+    pub network: bool,
+    pub pause: bool,
+    /// Commands and images are imitated, not run. Only the fake in `mock` says
+    /// so: the contract suite then leaves out what needs real programs, and
+    /// keeps to `echo`, `printf`, `cat`, `sleep`, `pwd`, `exit`, `true`,
+    /// `false`, `$NAME`, `;` and `>&2`.
+    pub imitated: bool,
+    /// Published word for the family: `container`, `microvm`, `remote_http`.
+    pub family: &'static str,
+}
+
+/// What `create` reports back for the record.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Created {
+    pub limits: LimitReport,
+    /// The image's digest or content id, where there is one.
+    pub image_digest: Option<String>,
+}
+
+/// A sandbox as the runtime sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuntimeSandbox {
+    pub id: SandboxId,
+    pub state: RuntimeState,
+    pub image: Option<String>,
+    pub created_at: Option<Timestamp>,
+    pub metadata: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RuntimeState {
+    Running,
+    Paused,
+    /// Its init is gone; only remains are left.
+    Dead,
+}
+
+/// A reading of a sandbox's resources. Zero limits mean unlimited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ResourceUsage {
+    /// Processor time used so far.
+    pub cpu_usec: u64,
+    pub memory_bytes: u64,
+    pub memory_limit_bytes: u64,
+    pub pids: u64,
+    pub pids_limit: u64,
+    /// Times the kernel killed something here for want of memory.
+    pub oom_kills: u64,
+    /// Times a fork was refused by the process limit.
+    pub pids_refused: u64,
+    pub disk_bytes: u64,
+    pub disk_limit_bytes: u64,
+}
+
+/// How the engine talks to what is inside.
+#[derive(Clone)]
+pub enum Connection {
+    /// Our agent, over byte streams.
+    Envd(Arc<dyn AgentChannel>),
+    /// A runtime with a protocol of its own.
+    Native(Arc<dyn Session>),
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Envd(_) => "Connection::Envd",
+            Self::Native(_) => "Connection::Native",
+        })
+    }
+}
+
+/// Opens byte streams to one sandbox's agent.
+#[async_trait]
+pub trait AgentChannel: Send + Sync + 'static {
+    async fn open(&self) -> std::io::Result<Box<dyn AgentIo>>;
+}
+
+/// A byte stream to an agent.
+pub trait AgentIo: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> AgentIo for T {}
+
+/// One step of a long creation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// `resolve`, `pull`, `unpack`, `start`.
+    pub phase: &'static str,
+    pub message: String,
+    pub done_bytes: u64,
+    /// Zero when not known.
+    pub total_bytes: u64,
+}
+
+/// Takes progress; must not block.
+pub trait ProgressSink: Send + Sync {
+    fn report(&self, progress: Progress);
+}
+
+/// Nobody is watching.
+impl ProgressSink for () {
+    fn report(&self, _progress: Progress) {}
+}

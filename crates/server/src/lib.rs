@@ -1,0 +1,136 @@
+//! The HTTP surface: routes, authentication, streaming, and the API document.
+//!
+//! A request passes, in this order, the edge (request id, guards against web
+//! pages, CORS, panics, access log), the router, its route's declaration
+//! (scope, body rule) and the handler. Failures become bodies in one place,
+//! [`error`]; routes are declared in one table, [`routes`].
+//!
+//! What happens to sandboxes is the engine's; this crate knows HTTP and nothing
+//! of providers.
+
+mod auth;
+mod edge;
+mod error;
+mod extract;
+mod guard;
+mod host_stats;
+mod linger;
+mod metrics;
+mod openapi;
+mod options;
+mod reply;
+mod routes;
+mod server;
+mod table;
+mod utf8;
+
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use stacyvm_engine::Engine;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use auth::{Role, Scope};
+pub use options::{AdminFallback, BodyLimits, DEFAULT_PORT, ProbeAccess, Secret, ServerOptions};
+pub use server::Server;
+pub use table::{BASE, BodyRule, RouteInfo};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error(
+        "refusing to listen on {host} ({address}) without a key: anybody who can reach it could run code here. \
+         Set auth.api_key (STACYVM_AUTH_API_KEY), or listen on 127.0.0.1"
+    )]
+    OpenBeyondLoopback { host: String, address: IpAddr },
+    #[error(
+        "refusing to let pages of any origin (`*` in server.cors_allowed_origins) call a server without a key. \
+         Set auth.api_key, or list the origins"
+    )]
+    OpenToEveryOrigin,
+    #[error("server.cors_allowed_origins: `{0}` is not an origin; write for example https://app.example.com")]
+    CorsOrigin(String),
+    #[error("server.allowed_hosts: `{0}` is not a host; write for example api.example.com or *.example.com")]
+    AllowedHost(String),
+    #[error("the host name `{host}` cannot be resolved")]
+    Resolve {
+        host: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot listen on {address}{}", in_use(.source))]
+    Bind {
+        address: SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Every route of the table, for tests and tools.
+pub fn route_list() -> Vec<RouteInfo> {
+    routes::table().into_iter().map(|route| route.info).collect()
+}
+
+/// The API document, as checked in.
+pub fn openapi_json() -> String {
+    let document = openapi::document(&routes::table(), env!("CARGO_PKG_VERSION"));
+    let mut text = serde_json::to_string_pretty(&document).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+/// What every handler works with.
+#[derive(Clone)]
+pub(crate) struct App(Arc<Shared>);
+
+pub(crate) struct Shared {
+    pub(crate) engine: Engine,
+    pub(crate) options: ServerOptions,
+    pub(crate) auth: auth::Authenticator,
+    pub(crate) guard: guard::Guard,
+    pub(crate) started: Instant,
+    /// Cancelled when the server shuts down: streams end on it.
+    pub(crate) closing: CancellationToken,
+    /// WebSockets, which outlive their HTTP request.
+    pub(crate) sockets: TaskTracker,
+    pub(crate) http_metrics: metrics::HttpMetrics,
+    pub(crate) host_stats: host_stats::HostStats,
+    /// The API document's bytes.
+    pub(crate) document: Bytes,
+}
+
+impl App {
+    fn new(options: ServerOptions, engine: Engine, beyond_loopback: bool) -> Result<Self, ServerError> {
+        Ok(Self(Arc::new(Shared {
+            auth: auth::Authenticator::new(&options),
+            guard: guard::Guard::new(&options, beyond_loopback)?,
+            started: Instant::now(),
+            closing: CancellationToken::new(),
+            sockets: TaskTracker::new(),
+            http_metrics: metrics::HttpMetrics::default(),
+            host_stats: host_stats::HostStats::default(),
+            document: openapi_json().into(),
+            engine,
+            options,
+        })))
+    }
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+fn in_use(source: &std::io::Error) -> &'static str {
+    if source.kind() == std::io::ErrorKind::AddrInUse {
+        ": another program listens there already; stop it or choose another port with --port"
+    } else {
+        ""
+    }
+}

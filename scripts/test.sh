@@ -1,0 +1,36 @@
+#!/bin/bash
+# Runs every test there is. `make test` installs what they need first.
+#
+# Sandbox tests make real namespaces, mounts and control groups, so they need
+# root; one that cannot run fails and says why.
+set -euo pipefail
+
+root="$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)"
+cd "$root"
+PATH="$HOME/.cargo/bin:$PATH"
+target_dir="${CARGO_TARGET_DIR:-$root/target}"
+started=$SECONDS
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "Rust: unit, integration and end-to-end tests"
+# One build for all of them, the program included.
+cargo build --workspace --locked
+# One process per test binary: tests of one binary share what is expensive, such
+# as a registry or a router namespace.
+cargo test --workspace --locked --no-fail-fast
+
+program="$target_dir/debug/stacyvm"
+image="$target_dir/test-image.tar"
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+
+step "Contract suite on oci"
+scripts/make-test-image.sh "$image"
+"$program" image import "$image" --data-dir "$work/data"
+"$program" conformance --provider oci --data-dir "$work/data"
+
+step "The published Python SDK"
+scripts/test-sdk-python.sh "$program" "$image"
+
+printf '\nAll tests passed in %d s.\n' "$((SECONDS - started))"

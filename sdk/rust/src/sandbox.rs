@@ -1,0 +1,111 @@
+//! Sandboxes: create, list, look at, extend, destroy.
+
+use reqwest::Method;
+use reqwest::header::HeaderName;
+use stacyvm_api::{
+    AdmissionDecision, CreateRequest, Duration, ExtendRequest, ListQuery, Port, PruneResult, Sandbox, SandboxId,
+    SandboxStats,
+};
+
+use crate::{Client, ClientError};
+
+const NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
+
+/// Sandboxes asked for in one request by [`Client::list_all`].
+const PAGE_SIZE: u32 = 500;
+
+/// Part of a listing.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Page<T> {
+    pub items: Vec<T>,
+    /// Pass it as [`ListQuery::cursor`] for the next page.
+    pub next_cursor: Option<String>,
+}
+
+/// One sandbox on the server, known to exist or not.
+#[derive(Debug, Clone)]
+pub struct SandboxClient {
+    pub(crate) client: Client,
+    pub(crate) id: SandboxId,
+}
+
+impl Client {
+    /// Makes a sandbox and waits until it runs.
+    pub async fn create(&self, request: &CreateRequest) -> Result<Sandbox, ClientError> {
+        self.call(Method::POST, &["sandboxes"], request).await
+    }
+
+    /// Whether [`Client::create`] would be admitted now, and why not.
+    pub async fn admission(&self, request: &CreateRequest) -> Result<AdmissionDecision, ClientError> {
+        self.call(Method::POST, &["sandboxes", "admission"], request).await
+    }
+
+    /// One page; without a limit in the query, everything.
+    pub async fn list(&self, query: &ListQuery) -> Result<Page<Sandbox>, ClientError> {
+        let response = self.send(self.request(Method::GET, &["sandboxes"])?.query(query)).await?;
+        let next_cursor =
+            response.headers().get(NEXT_CURSOR).and_then(|cursor| cursor.to_str().ok()).map(str::to_owned);
+        Ok(Page { items: self.read_json(response).await?, next_cursor })
+    }
+
+    /// Every sandbox that the query's filters leave, page by page.
+    pub async fn list_all(&self, query: &ListQuery) -> Result<Vec<Sandbox>, ClientError> {
+        let mut query = ListQuery { limit: Some(query.limit.unwrap_or(PAGE_SIZE)), ..query.clone() };
+        let mut all = Vec::new();
+        loop {
+            let page = self.list(&query).await?;
+            all.extend(page.items);
+            if page.next_cursor.is_none() || page.next_cursor == query.cursor {
+                return Ok(all);
+            }
+            query.cursor = page.next_cursor;
+        }
+    }
+
+    /// Destroys every sandbox whose time is up; the count.
+    pub async fn prune(&self) -> Result<u64, ClientError> {
+        let result: PruneResult = self.json(self.request(Method::DELETE, &["sandboxes"])?).await?;
+        Ok(result.pruned)
+    }
+
+    /// A handle on one sandbox. Nothing is sent.
+    pub fn sandbox(&self, id: SandboxId) -> SandboxClient {
+        SandboxClient { client: self.clone(), id }
+    }
+}
+
+impl SandboxClient {
+    pub fn id(&self) -> &SandboxId {
+        &self.id
+    }
+
+    pub async fn get(&self) -> Result<Sandbox, ClientError> {
+        self.client.get(&["sandboxes", self.id.as_str()]).await
+    }
+
+    /// Ends the sandbox and frees all it used. Unknown ids succeed.
+    pub async fn destroy(&self) -> Result<(), ClientError> {
+        self.client.delete(&["sandboxes", self.id.as_str()]).await
+    }
+
+    /// The sandbox then lives `ttl` from now.
+    pub async fn extend(&self, ttl: Duration) -> Result<Sandbox, ClientError> {
+        self.client.call(Method::POST, &["sandboxes", self.id.as_str(), "extend"], &ExtendRequest { ttl }).await
+    }
+
+    pub async fn stats(&self) -> Result<SandboxStats, ClientError> {
+        self.client.get(&["sandboxes", self.id.as_str(), "stats"]).await
+    }
+
+    /// TCP ports that something listens on inside, in order.
+    pub async fn ports(&self) -> Result<Vec<u16>, ClientError> {
+        let ports: Vec<Port> = self.client.get(&["sandboxes", self.id.as_str(), "ports"]).await?;
+        Ok(ports.into_iter().map(|port| port.port).collect())
+    }
+
+    /// The last lines of all commands' output.
+    pub async fn logs(&self, lines: u32) -> Result<Vec<String>, ClientError> {
+        let request = self.client.request(Method::GET, &["sandboxes", self.id.as_str(), "logs"])?;
+        self.client.json(request.query(&[("lines", lines)])).await
+    }
+}

@@ -1,0 +1,6 @@
+//! The client against a stub server that answers as the API promises, and
+//! sometimes breaks the promise.
+
+mod calls;
+mod stream;
+mod stub;
