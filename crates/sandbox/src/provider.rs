@@ -56,7 +56,8 @@ pub trait Provider: Send + Sync + 'static {
         Ok(Vec::new())
     }
 
-    /// Resolves when the sandbox has ended by itself.
+    /// Resolves when the sandbox has ended by itself; at once for one that has
+    /// already, or is not known.
     async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError>;
 
     async fn usage(&self, _id: &SandboxId) -> Result<ResourceUsage, ProviderError> {

@@ -186,7 +186,8 @@ impl Provider for OciProvider {
     }
 
     async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError> {
-        let live = self.live(id)?;
+        let found = self.adopt(id).map_err(|error| error.of("look at the sandbox"))?;
+        let Some(live) = found else { return Ok(()) };
         live.ended().await.map_err(|source| OciError::system("wait for the sandbox's end")(source).of("wait"))
     }
 
