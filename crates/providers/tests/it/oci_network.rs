@@ -67,6 +67,19 @@ async fn a_guest_reaches_the_internet_but_not_what_is_near_the_host() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_drops_what_is_forwarded_still_lets_sandboxes_out() {
+    let internet = Internet::start();
+    let fixture = fixture(1).await;
+    // What a Docker daemon does to its host.
+    let _dropping = ForwardPolicy::set("DROP");
+    let id = fixture.create(&connected(&[])).await;
+    assert_eq!(visit(&fixture, &id, internet.public, PORT).await, format!("hello from {}", internet.public));
+    assert!(refused(&visit(&fixture, &id, internet.private, PORT).await));
+    fixture.provider.destroy(&id).await.expect("destroyed");
+    fixture.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_what_the_policy_names_is_allowed_and_only_for_that_sandbox() {
     let internet = Internet::start();
     let fixture = fixture(0).await;
@@ -165,6 +178,32 @@ async fn the_network_outlives_the_server_and_goes_with_the_last_sandbox() {
     let rules = std::process::Command::new("nft").args(["list", "tables"]).output().expect("nft");
     let table = device.replace("svm", "stacyvm");
     assert!(!String::from_utf8_lossy(&rules.stdout).lines().any(|line| line.ends_with(&format!(" {table}"))));
+}
+
+/// The host's policy for forwarded packets, as it was again when this goes.
+struct ForwardPolicy {
+    before: String,
+}
+
+impl ForwardPolicy {
+    fn set(policy: &str) -> Self {
+        let rules = iptables(&["-S", "FORWARD"]);
+        let before = rules.lines().find_map(|line| line.strip_prefix("-P FORWARD ")).expect("a policy").to_owned();
+        iptables(&["-P", "FORWARD", policy]);
+        Self { before }
+    }
+}
+
+impl Drop for ForwardPolicy {
+    fn drop(&mut self) {
+        iptables(&["-P", "FORWARD", &self.before]);
+    }
+}
+
+fn iptables(args: &[&str]) -> String {
+    let output = std::process::Command::new("iptables").args(["-w", "5"]).args(args).output().expect("iptables");
+    assert!(output.status.success(), "iptables {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
 }
 
 /// Length of the only question of a query.
