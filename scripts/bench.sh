@@ -29,5 +29,6 @@ done
 
 image="$target_dir/test-image.tar"
 [ -f "$image" ] || scripts/make-test-image.sh "$image"
-cargo build --release --locked --package stacyvm-bench
-exec "$target_dir/release/stacyvm-bench" --stacyvm "$program" --image "$image" "$@"
+# As the program is built, so that they share what they have in common.
+scripts/build.sh stacyvm-bench
+exec "$(dirname -- "$program")/stacyvm-bench" --stacyvm "$program" --image "$image" "$@"
