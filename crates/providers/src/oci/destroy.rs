@@ -37,7 +37,7 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
         None => find(runtime, id)?,
     };
     if let Some(live) = live {
-        let disk = hold_disk(&live).await;
+        let disk = hold_disk(&live);
         process::kill(live.init()).map_err(OciError::system("kill the sandbox's init"))?;
         match tokio::time::timeout(DEATH_LIMIT, live.ended()).await {
             Ok(ended) => ended.map_err(OciError::system("wait for the sandbox's end"))?,
@@ -73,18 +73,14 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
     Ok(())
 }
 
-/// Takes hold of a sandbox's disk, so that its death need not wait for what it
-/// wrote last. Without that it takes longer, and that is all.
-async fn hold_disk(live: &Arc<Live>) -> Option<OwnedFd> {
-    let disk = live.record.disk.clone();
-    match tokio::task::spawn_blocking(move || disk.hold()).await {
-        Ok(Ok(held)) => held,
-        Ok(Err(error)) => {
-            tracing::debug!(sandbox = %live.record.id, %error, "its disk cannot be held");
-            None
-        }
-        Err(_) => None,
+/// Takes hold of a file system that would end with its sandbox, whose death
+/// would wait until the kernel has written out, or freed, all that is in it.
+/// Where that fails it takes longer, and that is all.
+fn hold_disk(live: &Live) -> Option<OwnedFd> {
+    if !live.record.disk.is_own_file_system() {
+        return None;
     }
+    process::root(live.init()).ok().flatten()
 }
 
 /// What an earlier process of this server left.

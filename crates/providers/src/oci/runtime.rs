@@ -168,8 +168,7 @@ impl Runtime {
         }
     }
 
-    /// Lets go of a disk in the background: what its sandbox wrote last is
-    /// still on the way to the file that goes with it.
+    /// Lets go of a disk in the background, which can take long.
     pub(super) fn let_go(&self, disk: OwnedFd) {
         self.background.spawn_blocking(move || drop(disk));
     }

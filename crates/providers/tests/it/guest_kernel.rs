@@ -4,6 +4,8 @@
 //! files read-only as its root. The test starts there once more, by its name.
 
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -40,6 +42,7 @@ pub(crate) fn run(test: &str) {
         .args(["mem=1G", "quiet", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"])
         .args(["con=null", "con0=null,fd:1", &format!("init={}", init.display())])
         .arg(format!("uml_dir={}", directory.path().display()))
+        .process_group(0)
         .stdin(Stdio::null())
         .stderr(output.try_clone().expect("a file"))
         .stdout(output)
@@ -48,7 +51,9 @@ pub(crate) fn run(test: &str) {
     let deadline = Instant::now() + PATIENCE;
     while kernel.try_wait().expect("it can be waited for").is_none() {
         if Instant::now() > deadline {
-            kernel.kill().expect("killed");
+            // Its processes are processes of the host.
+            let group = rustix::process::Pid::from_child(&kernel);
+            rustix::process::kill_process_group(group, rustix::process::Signal::KILL).expect("killed");
         }
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -73,7 +78,6 @@ fn init_script(test: &str) -> String {
 }
 
 fn write_program(path: &Path, text: &str) {
-    use std::os::unix::fs::OpenOptionsExt;
     let mut file = std::fs::File::options().create_new(true).write(true).mode(0o700).open(path).expect("a file");
     file.write_all(text.as_bytes()).expect("written");
 }

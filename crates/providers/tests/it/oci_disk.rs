@@ -208,7 +208,7 @@ async fn sizes_that_are_asked_for_again_are_prepared() {
     }
     eventually("one is ready", async || fixture.disks_ready() == 1).await;
     // The size holds, prepared or not.
-    for mib in [8, 16] {
+    for mib in [8, 16, 1] {
         let (id, _) = create(&fixture, &sized(mib)).await;
         let limit = usage(&fixture, &id).await.disk_limit_bytes;
         assert!((mib * MIB * 9 / 10..=mib * MIB).contains(&limit), "{mib}: {limit}");

@@ -45,7 +45,15 @@ async fn holds(mounted: &Mounted) {
     assert_bytes_are_bounded(&fixture, &id, SIZE_MIB).await;
     assert_files_are_bounded(&fixture, &id, SIZE_MIB).await;
 
+    // As if the server had died before the launch.
+    let (half, _) = create(&fixture, &sized(SIZE_MIB)).await;
+    let project_of_half = project(&fixture, &half);
+    std::fs::remove_file(fixture.oci_dir().join("sandboxes").join(half.as_str()).join("init.json")).expect("removed");
     fixture.restart().await;
+    let freed = fixture.provider.sweep().await.expect("swept").join("\n");
+    assert!(freed.contains(half.as_str()), "{freed}");
+    eventually("its project is free", async || counted(mounted.path(), project_of_half).is_none()).await;
+
     assert_bytes_are_bounded(&fixture, &id, SIZE_MIB).await;
     fixture.sh(&id, "cat /dev/zero > /workspace/big").await;
     fixture.output(&neighbour, "head -c 40m /dev/zero > /workspace/file && sync /workspace/file").await;

@@ -77,29 +77,22 @@ impl LoopImage {
 }
 
 impl LoopName {
-    /// Mounts the file system once more, attached nowhere. Whoever holds the
-    /// result is the last to leave it, if everybody else has gone. `None` when
-    /// it is gone already.
-    pub(super) fn mount_again(&self) -> io::Result<Option<OwnedFd>> {
-        // Held until it is mounted: a device in use is not given to others.
-        let device = open(&self.path(), OFlags::RDONLY)?;
-        match sys::loop_label(device.as_fd()) {
-            Ok(label) if label == self.label => mount(&self.path()).map(Some),
-            Ok(_) => Ok(None),
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Gives the host back what was deleted inside.
+    /// Gives the host back what was deleted inside. One that is gone has
+    /// nothing to give.
     pub(super) fn trim(&self) -> io::Result<()> {
-        let Some(mount) = self.mount_again()? else { return Ok(()) };
+        let path = device_path(self.device);
+        // Held until it is mounted: a device in use is not given to others.
+        let device = open(&path, OFlags::RDONLY)?;
+        match sys::loop_label(device.as_fd()) {
+            Ok(label) if label == self.label => {}
+            Ok(_) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        // The same file system once more, attached nowhere.
+        let mount = mount(&path)?;
         let root = rustix::fs::openat(mount, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         sys::trim(root.as_fd(), TRIM_MIN_BYTES)
-    }
-
-    fn path(&self) -> String {
-        device_path(self.device)
     }
 }
 

@@ -181,7 +181,7 @@ impl Disks {
                 let bytes = quota.usage(*project).ok().map(|usage| usage.bytes);
                 DiskUsage { bytes, limit_bytes: *size_bytes }
             }
-            (DiskRecord::Loop { .. } | DiskRecord::Memory { .. }, _) => own_file_system(live).unwrap_or_default(),
+            (DiskRecord::Loop { .. } | DiskRecord::Memory { .. }, _) => statfs(live).unwrap_or_default(),
             (DiskRecord::Directory | DiskRecord::ProjectQuota { .. }, _) => DiskUsage::default(),
         }
     }
@@ -268,13 +268,11 @@ impl DiskRecord {
         }
     }
 
-    /// Takes hold of a disk whose last user would otherwise have to wait for
-    /// the kernel to write it out: a dying sandbox. Dropping the result may
-    /// take long.
-    pub(super) fn hold(&self) -> io::Result<Option<OwnedFd>> {
+    /// Whether it ends with its sandbox.
+    pub(super) fn is_own_file_system(&self) -> bool {
         match self {
-            Self::Loop { name } => name.mount_again(),
-            Self::Directory | Self::ProjectQuota { .. } | Self::Memory { .. } => Ok(None),
+            Self::Loop { .. } | Self::Memory { .. } => true,
+            Self::Directory | Self::ProjectQuota { .. } => false,
         }
     }
 
@@ -288,7 +286,7 @@ impl DiskRecord {
 }
 
 /// What the file system says that is the sandbox's alone.
-fn own_file_system(live: &Live) -> Option<DiskUsage> {
+fn statfs(live: &Live) -> Option<DiskUsage> {
     let root = process::root(live.init()).ok().flatten()?;
     let numbers = rustix::fs::fstatfs(root.as_fd()).ok()?;
     let bytes = |blocks: u64| blocks.saturating_mul(u64::try_from(numbers.f_bsize).unwrap_or(0));

@@ -27,11 +27,16 @@ impl ProjectQuota {
     pub(super) fn open(directory: &Path) -> Result<Self, String> {
         let directory = open_directory(directory).map_err(|error| format!("the data directory: {error}"))?;
         match sys::enforces_project_quota(directory.as_fd()) {
-            Ok(true) => Ok(Self { directory }),
+            Ok(true) => {}
             Ok(false) => {
-                Err("the data directory's file system counts projects, but is not mounted with prjquota".into())
+                return Err("the data directory's file system counts projects, but is not mounted with prjquota".into());
             }
-            Err(error) => Err(format!("the data directory's file system has no project quota ({error})")),
+            Err(error) => return Err(format!("the data directory's file system has no project quota ({error})")),
+        }
+        // Everybody may ask for the state; numbers and limits are root's.
+        match sys::project_usage(directory.as_fd(), 0) {
+            Ok(_) => Ok(Self { directory }),
+            Err(error) => Err(format!("project quotas are not this user's to set ({error})")),
         }
     }
 
