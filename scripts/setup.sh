@@ -16,10 +16,12 @@ wanted_rust="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")"
 packages="build-essential ca-certificates curl git"
 case "$what" in
     build) ;;
-    run) packages="$packages iproute2 iptables nftables python3" ;;
+    run) packages="$packages e2fsprogs iproute2 iptables nftables python3" ;;
     test)
-        packages="$packages iproute2 iptables nftables python3 python3-venv"
+        packages="$packages e2fsprogs iproute2 iptables nftables python3 python3-venv"
         packages="$packages $(grep -v '^#' "$root/scripts/test-packages.txt" | tr '\n' ' ')"
+        # A kernel with disk quotas, for hosts whose own has none. There is one for this architecture only.
+        [ "$(uname -m)" != x86_64 ] || packages="$packages user-mode-linux"
         ;;
     *)
         sed -n '2,9s/^# \{0,1\}//p' "$0" >&2

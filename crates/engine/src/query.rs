@@ -291,7 +291,7 @@ fn stats_of(record: &Record, usage: &ResourceUsage) -> SandboxStats {
         mem_limit_bytes: limit(usage.memory_limit_bytes),
         pids: Some(usage.pids),
         pids_limit: limit(usage.pids_limit),
-        disk_bytes: Some(usage.disk_bytes),
+        disk_bytes: usage.disk_bytes,
         disk_limit_bytes: limit(usage.disk_limit_bytes),
     }
 }

@@ -143,7 +143,8 @@ pub struct ResourceUsage {
     pub oom_kills: u64,
     /// Times a fork was refused by the process limit.
     pub pids_refused: u64,
-    pub disk_bytes: u64,
+    /// `None` where nobody counts, as in a plain directory.
+    pub disk_bytes: Option<u64>,
     pub disk_limit_bytes: u64,
 }
 

@@ -140,6 +140,11 @@ config! {
         prepared_bridge: usize = "16",
         /// Sandboxes without a network that are prepared ahead.
         prepared: usize = "4",
+        /// Whether disks with a size may be loop file systems, where the data directory's file system has no project
+        /// quota. Needs `/dev/loop-control` and e2fsprogs.
+        loop_disks: bool = "true",
+        /// Loop file systems that are prepared ahead: of `defaults.disk_size_mb`, or of the size asked for last.
+        prepared_disks: usize = "4",
         /// Directories of the host that image `host` shows read-only besides `/usr`, such as `/opt`; listing
         /// `/usr/local` or `/usr/src` shows those instead of hiding them.
         host_include: Vec<String> = "",
@@ -173,7 +178,8 @@ config! {
         vcpus: f64 = "1",
         /// Processes and threads at most.
         pids_limit: u64 = "1024",
-        /// Size of the writable disk in MiB; 0 takes whatever bound the runtime has.
+        /// Size of the writable disk in MiB; 0 takes whatever bound the runtime has (`oci`: 10 GiB where there are
+        /// project quotas, else none).
         disk_size_mb: u64 = "0",
         /// What sandboxes may reach: `none` or `bridge`. Without it: `bridge` where the provider has a network.
         network: Option<String> = "",

@@ -120,7 +120,7 @@ impl MockSandbox {
             pids_limit: self.spec.pids_limit,
             oom_kills: self.oom_kills.load(Ordering::Relaxed),
             pids_refused: 0,
-            disk_bytes: 0,
+            disk_bytes: None,
             disk_limit_bytes: self.spec.disk.size_mib.unwrap_or(0) << 20,
         }
     }

@@ -22,14 +22,15 @@ use stacyvm_sandbox::{Created, ProgressSink, ProviderError, SandboxSpec};
 use tokio::sync::oneshot;
 
 use super::cgroup::Limits;
+use super::disk::{DiskChoice, DiskRecord};
 use super::error::OciError;
 use super::network::{self, Destination, Port};
 use super::pairs::Pair;
 use super::registry::Live;
 use super::runtime::Runtime;
 use super::spawner::CallError;
-use super::spawner::protocol::{CgroupPlan, DiskPlan, Done, HostPlan, Job, LaunchPlan, RootPlan};
-use super::state::{self, DiskRecord, NetworkRecord, NewRecord, Record};
+use super::spawner::protocol::{CgroupPlan, Done, HostPlan, Job, LaunchPlan, RootPlan};
+use super::state::{self, NetworkRecord, NewRecord, Record};
 use super::{channel, host_image};
 
 /// An image, ready to be a root.
@@ -51,7 +52,7 @@ struct Plan {
     image: ResolvedImage,
     limits: Limits,
     report: LimitReport,
-    disk: DiskRecord,
+    disk: DiskChoice,
     /// `None` is no network at all.
     allowed: Option<Vec<Destination>>,
 }
@@ -90,16 +91,11 @@ fn plan(runtime: &Runtime, id: &SandboxId, spec: &SandboxSpec, image: ResolvedIm
     let allowed = plan_network(runtime, spec)?;
     let limits = Limits { memory_bytes: spec.memory_mib << 20, vcpus: spec.vcpus, pids: spec.pids_limit };
     let mut report = runtime.cgroups.report(&limits);
-    let size_bytes = spec.disk.size_mib.map(|mib| mib << 20);
-    let backend = if spec.disk.in_memory { "memory" } else { "none" };
-    if spec.disk.in_memory {
-        report.enforced.push(Limit::Disk);
-    } else {
-        report.unenforced.push(Limit::Disk);
-    }
-    report.disk_backend = Some(backend.to_owned());
-    refuse_unenforced(spec, &report)?;
-    let disk = DiskRecord { backend: backend.to_owned(), size_bytes };
+    let held_memory = if report.enforced.contains(&Limit::Memory) { limits.memory_bytes } else { 0 };
+    let disk = runtime.disks.choose(&spec.disk, held_memory)?;
+    if disk.is_bounded() { &mut report.enforced } else { &mut report.unenforced }.push(Limit::Disk);
+    report.disk_backend = Some(disk.backend().to_owned());
+    refuse_unenforced(runtime, spec, &report)?;
     Ok(Plan { id: id.clone(), spec: spec.clone(), image, limits, report, disk, allowed })
 }
 
@@ -128,19 +124,22 @@ fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<Option<Vec<Dest
 
 /// A limit that was asked for and cannot be held is refused, unless the caller
 /// said that it may be.
-fn refuse_unenforced(spec: &SandboxSpec, report: &LimitReport) -> Result<(), ProviderError> {
+fn refuse_unenforced(runtime: &Runtime, spec: &SandboxSpec, report: &LimitReport) -> Result<(), ProviderError> {
     let asked = |limit: &Limit| *limit != Limit::Disk || spec.disk.size_mib.is_some();
     let missing: Vec<&Limit> = report.unenforced.iter().filter(|limit| asked(limit)).collect();
     if missing.is_empty() || spec.allow_unenforced {
         return Ok(());
     }
     let names: Vec<String> = missing.iter().map(|limit| format!("{limit:?}").to_lowercase()).collect();
-    Err(ProviderError::LimitUnsupported {
-        message: format!("this host cannot enforce the limit on {}", names.join(" and ")),
-        hint: "run the server as root on a host with cgroup memory, cpu and pids controllers, \
-               or accept it with allow_unenforced"
-            .into(),
-    })
+    let hint = if missing == [&Limit::Disk] {
+        runtime.disks.advice()
+    } else {
+        "run the server as root on a host with cgroup memory, cpu and pids controllers, \
+         or accept it with allow_unenforced"
+            .to_owned()
+    };
+    let message = format!("this host cannot enforce the limit on {}", names.join(" and "));
+    Err(ProviderError::LimitUnsupported { message, hint })
 }
 
 async fn make_or_free(runtime: &Arc<Runtime>, plan: &Plan) -> Result<(), OciError> {
@@ -175,7 +174,8 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
     }
     let Pair { uids, user, network, port } = take_pair(runtime, plan).await?;
     let (uid_base, own) = (uids.base(), OwnNetwork::of(plan, port.as_ref()));
-    let record = Record::from(record(plan, uid_base, port.as_ref()));
+    let (disk, disk_mount) = runtime.disks.take(plan.disk, uid_base).await?;
+    let record = Record::from(record(plan, uid_base, port.as_ref(), disk));
     state::save(&sandbox, &record).map_err(OciError::file("write the record in", &sandbox))?;
     // The record owns both from here on, and only whoever frees the sandbox
     // gives them back: twice would hand a range in use to somebody else.
@@ -184,13 +184,14 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
     if let Some(stored) = &plan.image.stored {
         runtime.lease(&plan.id, stored).await?;
     }
-    let (groups, listener, boot) = prepare(runtime, plan, &sandbox)?;
+    let (groups, listener, boot) = prepare(runtime, plan, &record, &sandbox)?;
     if let Some(port) = port {
         runtime.allow(port, plan.allowed.as_deref().unwrap_or_default()).await?;
     }
 
-    let job = Job::Launch(Box::new(launch_plan(runtime, plan, uid_base, groups, own)));
-    let fds: [BorrowedFd<'_>; 4] = [listener.as_fd(), boot.as_fd(), user.as_fd(), network.as_fd()];
+    let job = Job::Launch(Box::new(launch_plan(runtime, plan, &record, groups, own)));
+    let mut fds: Vec<BorrowedFd<'_>> = vec![listener.as_fd(), boot.as_fd(), user.as_fd(), network.as_fd()];
+    fds.extend(disk_mount.as_ref().map(AsFd::as_fd));
     let (done, fds) = runtime.spawner.call(job, &fds).await?;
     let (Done::Launched(_), Some(pidfd)) = (done, fds.into_iter().next()) else {
         return Err(CallError::Lost.into());
@@ -231,12 +232,10 @@ impl OwnNetwork {
 fn prepare(
     runtime: &Runtime,
     plan: &Plan,
+    record: &Record,
     sandbox: &std::path::Path,
 ) -> Result<(CgroupPlan, OwnedFd, OwnedFd), OciError> {
-    if plan.disk.backend == "none" {
-        let disk = state::disk_dir(sandbox);
-        std::fs::DirBuilder::new().mode(0o700).create(&disk).map_err(OciError::file("make", disk))?;
-    }
+    runtime.disks.make_directory(&record.disk, sandbox).map_err(OciError::file("make a disk in", sandbox))?;
     let groups =
         runtime.cgroups.create(plan.id.as_str(), &plan.limits).map_err(OciError::system("make the control groups"))?;
     let listener = channel::listen(sandbox).map_err(OciError::file("listen in", sandbox))?;
@@ -244,7 +243,7 @@ fn prepare(
     Ok((groups, listener, boot))
 }
 
-fn record(plan: &Plan, uid_base: u32, port: Option<&Port>) -> NewRecord {
+fn record(plan: &Plan, uid_base: u32, port: Option<&Port>, disk: DiskRecord) -> NewRecord {
     let network = port.map_or(NetworkRecord::None, |port| NetworkRecord::Bridge {
         port: port.number(),
         allow: plan.allowed.iter().flatten().map(Destination::to_string).collect(),
@@ -255,7 +254,7 @@ fn record(plan: &Plan, uid_base: u32, port: Option<&Port>) -> NewRecord {
         metadata: plan.spec.metadata.clone(),
         uid_base,
         network,
-        disk: plan.disk.clone(),
+        disk,
         layers: plan.image.layers.clone(),
         memory_limit_bytes: plan.limits.memory_bytes,
         pids_limit: plan.limits.pids,
@@ -263,21 +262,16 @@ fn record(plan: &Plan, uid_base: u32, port: Option<&Port>) -> NewRecord {
     }
 }
 
-fn launch_plan(runtime: &Runtime, plan: &Plan, uid_base: u32, cgroup: CgroupPlan, own: OwnNetwork) -> LaunchPlan {
+fn launch_plan(runtime: &Runtime, plan: &Plan, record: &Record, cgroup: CgroupPlan, own: OwnNetwork) -> LaunchPlan {
     let sandbox = runtime.layout.sandbox(&plan.id);
-    let disk = if plan.spec.disk.in_memory {
-        DiskPlan::Memory { size_bytes: plan.disk.size_bytes }
-    } else {
-        DiskPlan::Directory(state::disk_dir(&sandbox))
-    };
     let hostname = plan.spec.hostname.clone();
     LaunchPlan {
         identity_file: state::identity_file(&sandbox),
         root: RootPlan {
             scratch: runtime.layout.scratch(),
-            uid_base,
+            uid_base: record.uid_base,
             layers: plan.image.layers.clone(),
-            disk,
+            disk: record.disk.plan(&sandbox),
             host: plan.image.host.clone(),
             hosts: own.hosts,
             resolv_conf: own.resolv_conf,

@@ -1,5 +1,6 @@
 //! Ending a sandbox and freeing all it had.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,17 +37,25 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
         None => find(runtime, id)?,
     };
     if let Some(live) = live {
+        let disk = hold_disk(&live);
         process::kill(live.init()).map_err(OciError::system("kill the sandbox's init"))?;
         match tokio::time::timeout(DEATH_LIMIT, live.ended()).await {
             Ok(ended) => ended.map_err(OciError::system("wait for the sandbox's end"))?,
             Err(_) => return Err(OciError::Unkillable(id.clone())),
         }
+        if let Some(disk) = disk {
+            runtime.let_go(disk);
+        }
     }
     let directories = runtime.cgroups.directories(id.as_str());
     let trash_dir = runtime.layout.trash();
+    let (disks, disk) = (Arc::clone(&runtime.disks), record.as_ref().map(|record| record.disk.clone()));
     tokio::task::spawn_blocking(move || {
         for directory in &directories {
             cgroup::remove(directory).map_err(OciError::file("remove", directory))?;
+        }
+        if let Some(disk) = &disk {
+            disks.release(disk).map_err(OciError::system("free the disk"))?;
         }
         // Last, because the record in it says what else there is to free.
         trash::discard(&trash_dir, &sandbox).map_err(OciError::file("discard", &sandbox))
@@ -62,6 +71,16 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
     }
     runtime.empty_trash();
     Ok(())
+}
+
+/// Takes hold of a file system that would end with its sandbox, whose death
+/// would wait until the kernel has written out, or freed, all that is in it.
+/// Where that fails it takes longer, and that is all.
+fn hold_disk(live: &Live) -> Option<OwnedFd> {
+    if !live.record.disk.is_own_file_system() {
+        return None;
+    }
+    process::root(live.init()).ok().flatten()
 }
 
 /// What an earlier process of this server left.

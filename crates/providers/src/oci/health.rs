@@ -15,6 +15,7 @@ pub(super) async fn check(runtime: &Runtime) -> HealthReport {
     overlay(&mut report);
     namespaces(runtime, &mut report).await;
     control_groups(runtime, &mut report);
+    runtime.disks.check(&mut report);
     network(runtime, &mut report);
     report
 }

@@ -22,6 +22,7 @@ mod channel;
 mod claims;
 mod create;
 mod destroy;
+mod disk;
 mod error;
 mod health;
 mod host_image;
@@ -41,8 +42,6 @@ mod sys;
 mod trash;
 
 use std::collections::BTreeMap;
-use std::os::fd::AsRawFd;
-use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -52,7 +51,7 @@ use stacyvm_sandbox::{
     RuntimeSandbox, RuntimeState, SandboxSpec,
 };
 
-pub use options::{BridgeOptions, HostImageOptions, OciOptions, SpawnerCommand};
+pub use options::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, SpawnerCommand};
 pub use spawner::spawner_main;
 
 use channel::OciChannel;
@@ -139,6 +138,7 @@ impl Provider for OciProvider {
         BTreeMap::from([
             ("instance".to_owned(), self.runtime.instance.id().to_owned()),
             ("namespaces_ready".to_owned(), self.runtime.pairs_ready().to_string()),
+            ("disks_ready".to_owned(), self.runtime.disks.ready().to_string()),
         ])
     }
 
@@ -194,7 +194,7 @@ impl Provider for OciProvider {
     async fn usage(&self, id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
         let live = self.live(id)?;
         let reading = self.runtime.cgroups.read(id.as_str());
-        let (disk_bytes, disk_limit_bytes) = disk_usage(&live);
+        let disk = self.runtime.disks.usage(&live);
         Ok(ResourceUsage {
             cpu_usec: reading.cpu_usec,
             memory_bytes: reading.memory_bytes,
@@ -203,22 +203,12 @@ impl Provider for OciProvider {
             pids_limit: live.record.pids_limit,
             oom_kills: reading.oom_kills,
             pids_refused: reading.pids_refused,
-            disk_bytes,
-            disk_limit_bytes,
+            disk_bytes: disk.bytes,
+            disk_limit_bytes: disk.limit_bytes,
         })
     }
 
     async fn shutdown(&self) {
         self.runtime.shutdown().await;
     }
-}
-
-/// What the sandbox's own file system says, where it has one of its own.
-fn disk_usage(live: &Live) -> (u64, u64) {
-    let limit = live.record.disk.size_bytes.unwrap_or(0);
-    if live.record.disk.backend == "none" {
-        return (0, limit);
-    }
-    let _ = (live.init().as_raw_fd(), Path::new("/"));
-    (0, limit)
 }

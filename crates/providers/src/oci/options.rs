@@ -24,6 +24,7 @@ pub struct OciOptions {
     pub images: Option<ImageStore>,
     /// How many sandboxes without a network are prepared ahead.
     pub prepared: usize,
+    pub disk: DiskOptions,
     /// The network `bridge`; without it there is only `none`.
     pub bridge: Option<BridgeOptions>,
 }
@@ -38,8 +39,29 @@ impl OciOptions {
             host_image: HostImageOptions::default(),
             images: None,
             prepared: 4,
+            disk: DiskOptions::default(),
             bridge: Some(BridgeOptions::default()),
         }
+    }
+}
+
+/// Disks with a size, where the data directory's file system has no project
+/// quota.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// Whether they may be loop file systems. Needs root, `/dev/loop-control`
+    /// and e2fsprogs.
+    pub loop_images: bool,
+    /// How many of those are prepared ahead.
+    pub prepared: usize,
+    /// The size that most sandboxes have, if they have one. Without it, and
+    /// with other sizes, what is asked for decides what is prepared.
+    pub expected_mib: Option<u64>,
+}
+
+impl Default for DiskOptions {
+    fn default() -> Self {
+        Self { loop_images: true, prepared: 4, expected_mib: None }
     }
 }
 

@@ -1,9 +1,10 @@
 //! Telling processes apart, and ending them.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::spawner::protocol::Identity;
@@ -43,6 +44,22 @@ pub(super) fn has_ended(pidfd: impl AsFd) -> io::Result<bool> {
     Ok(rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&now))? > 0)
 }
 
+/// The root directory of the process behind a pidfd, to look at; `None` when
+/// it has ended.
+pub(super) fn root(pidfd: impl AsFd) -> io::Result<Option<OwnedFd>> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_fd().as_raw_fd()))?;
+    // -1 once it was reaped.
+    let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<u32>().ok());
+    let Some(pid) = pid else { return Ok(None) };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    match rustix::fs::open(format!("/proc/{pid}/root"), flags, Mode::empty()) {
+        // As long as it has not ended, the number is its own.
+        Ok(root) => Ok((!has_ended(pidfd)?).then_some(root)),
+        Err(error) if gone(&error.into()) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Kills; that the process is gone already is fine.
 pub(super) fn kill(pidfd: impl AsFd) -> io::Result<()> {
     match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
@@ -79,6 +96,18 @@ mod tests {
         assert!(open(&imposter).unwrap().is_none());
         let elsewhere = Identity { pid_namespace: own.pid_namespace + 1, ..own };
         assert!(open(&elsewhere).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_root_of_a_process_is_found_while_it_lives() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        let found = rustix::fs::fstat(root(&pidfd).unwrap().unwrap()).unwrap();
+        let own = rustix::fs::stat("/").unwrap();
+        assert_eq!((found.st_dev, found.st_ino), (own.st_dev, own.st_ino));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(root(&pidfd).unwrap().is_none());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use super::cgroup::Cgroups;
 use super::claims::{Claims, Instance};
+use super::disk::Disks;
 use super::error::OciError;
 use super::host_image::HostImage;
 use super::ids::UidRanges;
@@ -45,6 +47,7 @@ pub(super) struct Runtime {
     pub(super) connected: Option<Arc<PairPool>>,
     pub(super) images: Option<ImageStore>,
     pub(super) cgroups: Cgroups,
+    pub(super) disks: Arc<Disks>,
     pub(super) host_image: HostImage,
     pub(super) registry: Registry,
     pub(super) background: TaskTracker,
@@ -84,6 +87,7 @@ impl Runtime {
             connected,
             images: options.images.clone(),
             cgroups: Cgroups::open(&options.cgroup_parent, instance.id()),
+            disks: Arc::new(Disks::open(&layout, &options.disk)),
             host_image: HostImage::build(&layout.host_images(), &options.host_image)?,
             registry: Registry::default(),
             background: TaskTracker::new(),
@@ -102,6 +106,8 @@ impl Runtime {
             let (pool, stopping) = (Arc::clone(pool), self.stopping.clone());
             self.background.spawn(async move { stopping.run_until_cancelled(pool.refill()).await });
         }
+        let (disks, stopping) = (Arc::clone(&self.disks), self.stopping.clone());
+        self.background.spawn(async move { stopping.run_until_cancelled(disks.refill()).await });
         let network = Arc::clone(&self.network);
         self.background.spawn(async move {
             if let Err(error) = network.resume().await {
@@ -144,6 +150,11 @@ impl Runtime {
         known(&self.layout)
     }
 
+    /// Every sandbox that has a record.
+    pub(super) fn records(&self) -> io::Result<Vec<Record>> {
+        records(&self.layout)
+    }
+
     /// Takes a sandbox's port back in the background: the kernel waits for
     /// every processor when a device goes.
     pub(super) fn disconnect(&self, record: &Record) {
@@ -155,6 +166,11 @@ impl Runtime {
                 }
             });
         }
+    }
+
+    /// Lets go of a disk in the background, which can take long.
+    pub(super) fn let_go(&self, disk: OwnedFd) {
+        self.background.spawn_blocking(move || drop(disk));
     }
 
     /// Removes in the background what destroyed sandboxes left.
@@ -189,6 +205,7 @@ impl Runtime {
         for pool in self.pools() {
             pool.clear().await;
         }
+        self.disks.clear();
         if let Err(error) = self.network.remove_unused().await {
             tracing::warn!(%error, "the network of sandboxes stays");
         }

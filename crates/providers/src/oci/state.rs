@@ -24,6 +24,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stacyvm_api::{LimitReport, SandboxId, Timestamp};
 
+use super::disk::DiskRecord;
 use super::network::{Connected, Destination};
 use super::spawner::protocol::Identity;
 
@@ -68,13 +69,6 @@ impl NetworkRecord {
         let allowed = allow.iter().filter_map(|text| Destination::parse(text).ok()).collect();
         Some(Connected { port: *port, allowed })
     }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct DiskRecord {
-    /// `project_quota`, `loop`, `memory` or `none`.
-    pub(super) backend: String,
-    pub(super) size_bytes: Option<u64>,
 }
 
 impl Record {
@@ -219,7 +213,7 @@ mod tests {
             metadata: BTreeMap::from([("team".into(), "a".into())]),
             uid_base: 0x7000_0000,
             network: NetworkRecord::Bridge { port: 3, allow: vec!["10.0.0.1".into()] },
-            disk: DiskRecord { backend: "none".into(), size_bytes: None },
+            disk: DiskRecord::Directory,
             layers: vec!["/layer".into()],
             memory_limit_bytes: 1 << 20,
             pids_limit: 10,

@@ -1,7 +1,7 @@
 //! The system calls that neither std nor rustix offers safely.
 //!
-//! Everything unsafe of this provider stands here, so that the rest can be
-//! read for what it does. Each function is a thin cover over one call (or one
+//! Everything unsafe of this provider stands here and, for disks, in
+//! [`disk::sys`](super::disk), so that the rest can be read for what it does. Each function is a thin cover over one call (or one
 //! idiom made of a few) and returns the kernel's error unchanged.
 
 #![expect(unsafe_code, reason = "raw system calls: clone3, execveat, seccomp, mount_setattr, keyctl")]

@@ -2,6 +2,7 @@
 //! nothing is left of it.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ const TOKEN: &str = "token-of-the-test";
 pub(crate) struct Fixture {
     pub(crate) provider: Arc<OciProvider>,
     pub(crate) options: OciOptions,
-    _data: tempfile::TempDir,
+    _data: Option<tempfile::TempDir>,
 }
 
 /// What a command did.
@@ -40,12 +41,21 @@ impl Fixture {
     }
 
     pub(crate) async fn with(change: impl FnOnce(&mut OciOptions)) -> Self {
-        assert!(rustix::process::geteuid().is_root(), "these tests make namespaces: run them as root");
         let data = tempfile::tempdir().expect("a directory for data");
         let mut options = options(data.path());
         change(&mut options);
+        Self { _data: Some(data), ..Self::open(options).await }
+    }
+
+    /// A provider over what another one left.
+    pub(crate) async fn over(data_dir: &Path) -> Self {
+        Self::open(options(data_dir)).await
+    }
+
+    async fn open(options: OciOptions) -> Self {
+        assert!(rustix::process::geteuid().is_root(), "these tests make namespaces: run them as root");
         let provider = Arc::new(OciProvider::open(options.clone()).await.expect("the provider opens"));
-        Self { provider, options, _data: data }
+        Self { provider, options, _data: None }
     }
 
     /// As after a crash of the server: the old provider is gone, a new one
@@ -136,6 +146,11 @@ impl Fixture {
         let data = self.options.data_dir.to_str().expect("text").to_owned();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("readable");
         remains.extend(mounts.lines().filter(|line| line.contains(&data)).map(str::to_owned));
+        // What is kept ready is no remains; it goes with the provider.
+        let loops = self.loop_devices();
+        if loops.len() > self.disks_ready() {
+            remains.extend(loops);
+        }
         for process in std::fs::read_dir("/proc").expect("readable").flatten() {
             let groups = std::fs::read_to_string(process.path().join("cgroup")).unwrap_or_default();
             if groups.contains(&self.instance()) {
@@ -145,12 +160,68 @@ impl Fixture {
         remains
     }
 
+    /// Loop devices whose files are below this fixture's data directory.
+    pub(crate) fn loop_devices(&self) -> Vec<String> {
+        let data = format!("{}/", self.options.data_dir.display());
+        let devices = std::fs::read_dir("/sys/block").expect("readable").flatten();
+        let files = devices.filter_map(|device| std::fs::read_to_string(device.path().join("loop/backing_file")).ok());
+        files.filter(|file| file.starts_with(&data)).map(|file| format!("a loop device with {file}")).collect()
+    }
+
+    pub(crate) fn disks_ready(&self) -> usize {
+        self.provider.describe()["disks_ready"].parse().expect("a number")
+    }
+
     /// Proves that nothing is left, then ends the provider.
     pub(crate) async fn finish(self) {
         eventually_empty("what sandboxes used is freed", async || self.remains()).await;
         self.provider.shutdown().await;
         let left = groups_root_of(&self.instance());
         assert!(left.is_empty(), "{left:?}");
+        let left = self.loop_devices();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+/// A file system of a test's own, in a file.
+pub(crate) struct Mounted {
+    directory: tempfile::TempDir,
+    _image: tempfile::NamedTempFile,
+}
+
+impl Mounted {
+    /// One that `format` makes in an empty file, mounted with options; or what
+    /// `mount` says.
+    pub(crate) fn make(format: &[&str], options: &str) -> Result<Self, String> {
+        let image = tempfile::NamedTempFile::new().expect("a file");
+        image.as_file().set_len(512 << 20).expect("long enough");
+        let formatted = Command::new(format[0]).args(&format[1..]).arg(image.path()).output().expect("it starts");
+        assert!(formatted.status.success(), "{format:?}: {}", String::from_utf8_lossy(&formatted.stderr));
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut mount = Command::new("mount");
+        mount.args(["-o", &format!("loop,{options}")]).arg(image.path()).arg(directory.path());
+        let mounted = mount.output().expect("mount starts");
+        if mounted.status.success() {
+            Ok(Self { directory, _image: image })
+        } else {
+            Err(String::from_utf8_lossy(&mounted.stderr).into_owned())
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(crate) fn used_bytes(&self) -> u64 {
+        let numbers = rustix::fs::statvfs(self.path()).expect("readable");
+        (numbers.f_blocks - numbers.f_bfree) * numbers.f_frsize
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // A failed test may still have something open in it.
+        let _ = rustix::mount::unmount(self.directory.path(), rustix::mount::UnmountFlags::DETACH);
     }
 }
 
@@ -179,6 +250,7 @@ pub(crate) fn options(data_dir: &Path) -> OciOptions {
         SpawnerCommand { program: PathBuf::from(env!("CARGO_BIN_EXE_oci-test-spawner")), args: Vec::new() };
     options.cgroup_parent = "stacyvm-test".into();
     options.prepared = 1;
+    options.disk.prepared = 1;
     options.bridge = None;
     options
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use stacyvm_image::ImageStore;
 use stacyvm_providers::mock::MockProvider;
-use stacyvm_providers::oci::{BridgeOptions, HostImageOptions, OciOptions, OciProvider};
+use stacyvm_providers::oci::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciProvider};
 use stacyvm_sandbox::Provider;
 
 use super::options::image_store;
@@ -111,6 +111,11 @@ fn oci(config: &Config, data_dir: &Path, environment: &Environment) -> OciOption
         host_image: HostImageOptions { include: settings.host_include.iter().map(PathBuf::from).collect() },
         cgroup_parent: settings.cgroup_parent.clone(),
         prepared: settings.prepared,
+        disk: DiskOptions {
+            loop_images: settings.loop_disks,
+            prepared: settings.prepared_disks,
+            expected_mib: Some(config.defaults.disk_size_mb).filter(|mib| *mib > 0),
+        },
         bridge: bridge.then_some(BridgeOptions { prepared: settings.prepared_bridge, ..BridgeOptions::default() }),
         ..OciOptions::new(data_dir)
     }

@@ -9,7 +9,7 @@ use rustix::mount::MountFlags;
 use super::mounts;
 use crate::oci::spawner::protocol::{Failure, Step};
 
-const MASKED: [&str; 12] = [
+const MASKED: [&str; 13] = [
     "proc/acpi",
     "proc/asound",
     "proc/interrupts",
@@ -20,6 +20,8 @@ const MASKED: [&str; 12] = [
     "proc/scsi",
     "proc/timer_list",
     "proc/timer_stats",
+    // Ours: the host's paths of the files behind loop devices.
+    "sys/devices/virtual/block",
     "sys/devices/virtual/powercap",
     "sys/firmware",
 ];

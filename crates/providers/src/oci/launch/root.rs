@@ -66,9 +66,10 @@ fn place_disk(plan: &RootPlan, disk: Option<OwnedFd>) -> Result<(), Failure> {
     let disk = match &plan.disk {
         DiskPlan::Directory(path) => mounts::writable_copy(path).step(STEP)?,
         DiskPlan::Mounted => disk.ok_or_else(|| Failure::system(STEP, &"no mount came along"))?,
-        DiskPlan::Memory { size_bytes } => {
+        DiskPlan::Memory { size_bytes, inodes } => {
             let mut options = vec![("mode", "0700".to_owned())];
             options.extend(size_bytes.map(|bytes| ("size", bytes.to_string())));
+            options.extend(inodes.map(|inodes| ("nr_inodes", inodes.to_string())));
             mounts::detached_tmpfs(&options).step(STEP)?
         }
     };

@@ -69,7 +69,7 @@ pub(in crate::oci) enum DiskPlan {
     /// On a mount whose descriptor comes along.
     Mounted,
     /// In memory, charged to the sandbox.
-    Memory { size_bytes: Option<u64> },
+    Memory { size_bytes: Option<u64>, inodes: Option<u64> },
 }
 
 /// Read-only pieces of the host inside image `host`.
