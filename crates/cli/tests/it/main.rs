@@ -1,0 +1,3 @@
+//! What holds for the program and its workspace as a whole.
+
+mod architecture;
