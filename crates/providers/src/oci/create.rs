@@ -123,9 +123,12 @@ fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<Option<Vec<Dest
 }
 
 /// A limit that was asked for and cannot be held is refused, unless the caller
-/// said that it may be.
+/// said that it may be. Who asks for memory means swap too.
 fn refuse_unenforced(runtime: &Runtime, spec: &SandboxSpec, report: &LimitReport) -> Result<(), ProviderError> {
-    let asked = |limit: &Limit| *limit != Limit::Disk || spec.disk.size_mib.is_some();
+    let asked = |limit: &Limit| match limit {
+        Limit::Swap => spec.requested.contains(&Limit::Memory),
+        Limit::Memory | Limit::Cpu | Limit::Pids | Limit::Disk => spec.requested.contains(limit),
+    };
     let missing: Vec<&Limit> = report.unenforced.iter().filter(|limit| asked(limit)).collect();
     if missing.is_empty() || spec.allow_unenforced {
         return Ok(());
@@ -134,8 +137,8 @@ fn refuse_unenforced(runtime: &Runtime, spec: &SandboxSpec, report: &LimitReport
     let hint = if missing == [&Limit::Disk] {
         runtime.disks.advice()
     } else {
-        "run the server as root on a host with cgroup memory, cpu and pids controllers, \
-         or accept it with allow_unenforced"
+        "leave it out, accept it with allow_unenforced, or run the server as root on a host with the control \
+         groups memory, cpu and pids"
             .to_owned()
     };
     let message = format!("this host cannot enforce the limit on {}", names.join(" and "));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use stacyvm_api::{NetworkMode, SandboxId, Timestamp};
+use stacyvm_api::{Limit, NetworkMode, SandboxId, Timestamp};
 use stacyvm_providers::oci::{OciOptions, OciProvider, SpawnerCommand};
 use stacyvm_sandbox::{
     Connection, DiskRequest, EnvdSession, Exit, NetworkPolicy, ProcessEvent, Provider, SandboxSpec, Session,
@@ -263,6 +263,7 @@ pub(crate) fn spec() -> SandboxSpec {
         vcpus: 1.0,
         pids_limit: 64,
         disk: DiskRequest { size_mib: None, in_memory: false },
+        requested: [Limit::Memory, Limit::Cpu, Limit::Pids].into(),
         network: NetworkPolicy { mode: NetworkMode::None, allow: Vec::new() },
         env: [("GREETING".to_owned(), "hello".to_owned())].into(),
         user: None,
