@@ -31,7 +31,7 @@ use super::runtime::Runtime;
 use super::spawner::CallError;
 use super::spawner::protocol::{CgroupPlan, Done, HostPlan, Job, LaunchPlan, RootPlan};
 use super::state::{self, NetworkRecord, NewRecord, Record};
-use super::{channel, host_image};
+use super::{channel, host_image, rootless};
 
 /// An image, ready to be a root.
 pub(super) struct ResolvedImage {
@@ -106,6 +106,11 @@ fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<Option<Vec<Dest
     match &spec.network.mode {
         NetworkMode::None if allow.is_empty() => Ok(None),
         NetworkMode::None => invalid("`network.allow` needs the network `bridge`".into()),
+        NetworkMode::Bridge if rootless::applies() => invalid(
+            "the network `bridge` needs a server that runs as root; this one has `none`, over which commands, files \
+             and ports work too"
+                .into(),
+        ),
         NetworkMode::Bridge if runtime.connected.is_none() => {
             invalid("this server offers sandboxes no network; use the network `none`".into())
         }
@@ -178,7 +183,8 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
     let Pair { uids, user, network, port } = take_pair(runtime, plan).await?;
     let (uid_base, own) = (uids.base(), OwnNetwork::of(plan, port.as_ref()));
     let (disk, disk_mount) = runtime.disks.take(plan.disk, uid_base).await?;
-    let record = Record::from(record(plan, uid_base, port.as_ref(), disk));
+    let held = Held { uid_base, disk, groups: runtime.cgroups.directories(plan.id.as_str()) };
+    let record = Record::from(record(plan, held, port.as_ref()));
     state::save(&sandbox, &record).map_err(OciError::file("write the record in", &sandbox))?;
     // The record owns both from here on, and only whoever frees the sandbox
     // gives them back: twice would hand a range in use to somebody else.
@@ -196,10 +202,10 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
     let mut fds: Vec<BorrowedFd<'_>> = vec![listener.as_fd(), boot.as_fd(), user.as_fd(), network.as_fd()];
     fds.extend(disk_mount.as_ref().map(AsFd::as_fd));
     let (done, fds) = runtime.spawner.call(job, &fds).await?;
-    let (Done::Launched(_), Some(pidfd)) = (done, fds.into_iter().next()) else {
+    let (Done::Launched(identity), Some(pidfd)) = (done, fds.into_iter().next()) else {
         return Err(CallError::Lost.into());
     };
-    Live::new(record, pidfd).map_err(OciError::system("watch the sandbox's init"))
+    Live::new(record, &identity, pidfd).map_err(OciError::system("watch the sandbox's init"))
 }
 
 /// Namespaces as the sandbox needs them.
@@ -246,7 +252,14 @@ fn prepare(
     Ok((groups, listener, boot))
 }
 
-fn record(plan: &Plan, uid_base: u32, port: Option<&Port>, disk: DiskRecord) -> NewRecord {
+/// What was taken for a sandbox, or will be, besides its network.
+struct Held {
+    uid_base: u32,
+    disk: DiskRecord,
+    groups: Vec<PathBuf>,
+}
+
+fn record(plan: &Plan, held: Held, port: Option<&Port>) -> NewRecord {
     let network = port.map_or(NetworkRecord::None, |port| NetworkRecord::Bridge {
         port: port.number(),
         allow: plan.allowed.iter().flatten().map(Destination::to_string).collect(),
@@ -255,9 +268,10 @@ fn record(plan: &Plan, uid_base: u32, port: Option<&Port>, disk: DiskRecord) -> 
         id: plan.id.clone(),
         image: plan.spec.image.clone(),
         metadata: plan.spec.metadata.clone(),
-        uid_base,
+        uid_base: held.uid_base,
         network,
-        disk,
+        disk: held.disk,
+        groups: held.groups,
         layers: plan.image.layers.clone(),
         memory_limit_bytes: plan.limits.memory_bytes,
         pids_limit: plan.limits.pids,

@@ -47,7 +47,9 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
             runtime.let_go(disk);
         }
     }
-    let directories = runtime.cgroups.directories(id.as_str());
+    let mut directories = runtime.cgroups.directories(id.as_str());
+    // The server may have been in another group when it made this one.
+    directories.extend(record.iter().flat_map(|record| record.groups.clone()));
     let trash_dir = runtime.layout.trash();
     let (disks, disk) = (Arc::clone(&runtime.disks), record.as_ref().map(|record| record.disk.clone()));
     tokio::task::spawn_blocking(move || {
@@ -94,7 +96,7 @@ pub(super) fn find(runtime: &Runtime, id: &SandboxId) -> Result<(Option<Arc<Live
                 None
             };
             let live = init
-                .map(|init| Live::new((*record).clone(), init))
+                .map(|init| Live::new((*record).clone(), &identity, init))
                 .transpose()
                 .map_err(OciError::system("watch the sandbox's init"))?;
             Ok((live.map(Arc::new), Some(*record)))

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -27,9 +27,10 @@ use super::network::{self, Destination, Network};
 use super::options::OciOptions;
 use super::pairs::PairPool;
 use super::registry::Registry;
-use super::spawner::Spawner;
+use super::spawner::protocol::{Done, Job};
+use super::spawner::{CallError, Spawner};
 use super::state::{self, Layout, OnDisk, Record};
-use super::{NAME, trash};
+use super::{NAME, rootless, trash};
 
 /// How long to wait for an earlier process of this server to let go.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
@@ -73,13 +74,17 @@ impl Runtime {
         let spawner = Arc::new(Spawner::new(options.spawner.clone()));
         let records = records(&layout)?;
         let claims = |kind| Claims::open(&options.run_dir, kind, instance.clone());
-        let uids = Arc::new(UidRanges::open(claims("uids")?, records.iter().map(|record| record.uid_base))?);
+        let uids = Arc::new(if rootless::applies() {
+            UidRanges::shared()
+        } else {
+            UidRanges::open(claims("uids")?, records.iter().map(|record| record.uid_base))?
+        });
         let pool = |network, wanted| Arc::new(PairPool::new(Arc::clone(&spawner), Arc::clone(&uids), network, wanted));
         let plain = pool(None, options.prepared);
         let name_servers = options.bridge.as_ref().map(|bridge| bridge.name_servers.clone()).unwrap_or_default();
         let sandboxes = records.iter().filter_map(|record| record.network.connected()).collect();
         let network = Arc::new(Network::new(claims("subnets")?, options.run_dir.clone(), name_servers, sandboxes));
-        let bridge = options.bridge.as_ref().filter(|_| network::nft().is_some());
+        let bridge = options.bridge.as_ref().filter(|_| !rootless::applies() && network::nft().is_some());
         let connected = bridge.map(|bridge| pool(Some(Arc::clone(&network)), bridge.prepared));
         Ok(Self {
             plain,
@@ -173,15 +178,22 @@ impl Runtime {
         self.background.spawn_blocking(move || drop(disk));
     }
 
-    /// Removes in the background what destroyed sandboxes left.
+    /// Removes what destroyed sandboxes left; returns how many trees that was.
+    /// An ordinary user's sandboxes have uids that only his spawner can touch.
+    pub(super) async fn remove_trash(&self) -> Result<usize, OciError> {
+        remove_trash(&self.spawner, self.layout.trash()).await
+    }
+
+    /// The same in the background.
     pub(super) fn empty_trash(&self) {
         if self.emptying.swap(true, Ordering::SeqCst) {
             return;
         }
         let (emptying, trash) = (Arc::clone(&self.emptying), self.layout.trash());
-        self.background.spawn_blocking(move || {
+        let spawner = Arc::clone(&self.spawner);
+        self.background.spawn(async move {
             loop {
-                let emptied = trash::empty(&trash);
+                let emptied = remove_trash(&spawner, trash.clone()).await;
                 emptying.store(false, Ordering::SeqCst);
                 match emptied {
                     // Something may have come in after the look and before the
@@ -189,7 +201,8 @@ impl Runtime {
                     Ok(trees) if trees > 0 && !emptying.swap(true, Ordering::SeqCst) => {}
                     Ok(_) => return,
                     Err(error) => {
-                        tracing::warn!(%error, "a destroyed sandbox's files cannot be removed; the sweep tries again");
+                        let error = &error as &dyn std::error::Error;
+                        tracing::warn!(error, "a destroyed sandbox's files cannot be removed; the sweep tries again");
                         return;
                     }
                 }
@@ -222,6 +235,17 @@ impl Drop for Runtime {
     fn drop(&mut self) {
         self.stopping.cancel();
     }
+}
+
+async fn remove_trash(spawner: &Spawner, trash: PathBuf) -> Result<usize, OciError> {
+    if rootless::applies() {
+        return match spawner.call(Job::EmptyTrash { trash }, &[]).await? {
+            (Done::TrashEmptied(trees), _) => Ok(trees),
+            _ => Err(CallError::Lost.into()),
+        };
+    }
+    let emptied = tokio::task::spawn_blocking(move || trash::empty(&trash)).await;
+    emptied.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(OciError::system("empty the trash"))
 }
 
 fn make_directories(layout: &Layout) -> io::Result<()> {

@@ -18,10 +18,13 @@ pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, OciErro
     leases(runtime, &mut freed).await?;
     unused_network(runtime, &mut freed).await;
     deleted_files(runtime).await?;
-    let trash_dir = runtime.layout.trash();
-    let trees = tokio::task::spawn_blocking(move || trash::empty(&trash_dir)).await;
-    if let Ok(Ok(trees @ 1..)) = trees {
-        freed.push(format!("the files of {trees} destroyed sandboxes"));
+    match runtime.remove_trash().await {
+        Ok(0) => {}
+        Ok(trees) => freed.push(format!("the files of {trees} destroyed sandboxes")),
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "what destroyed sandboxes left cannot be removed");
+        }
     }
     Ok(freed)
 }

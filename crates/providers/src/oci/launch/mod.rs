@@ -1,7 +1,7 @@
 //! What a forked child does to become a sandbox's first process.
 //!
-//! Everything that needs host privileges happens here, before any code of the
-//! guest exists, in a process that was forked with its own pid namespace. The
+//! Everything that needs privileges over the host (or, for an ordinary user,
+//! over the spawner's namespace) happens here, before any code of the guest exists, in a process that was forked with its own pid namespace. The
 //! order matters:
 //!
 //! ```text
@@ -11,8 +11,8 @@
 //!   ─ keyring ─ workspace ─ limits ─ capabilities ─ no_new_privs ─ seccomp ─ exec
 //! ```
 //!
-//! Namespaces other than user and network belong to the *host's* user
-//! namespace: root inside the sandbox has no power over them even if a filter
+//! Namespaces other than user and network belong to the *spawner's* user
+//! namespace (the host's, under root): root inside the sandbox has no power over them even if a filter
 //! failed.
 
 mod devices;
@@ -28,6 +28,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::LinkNameSpaceType;
 
+use super::rootless::Authority;
 use super::spawner::protocol::{DiskPlan, Failure, LaunchPlan, Step};
 use super::{capabilities, seccomp, sys};
 
@@ -78,6 +79,7 @@ pub(super) struct Common {
     /// The agent's program, sealed.
     pub(super) program: OwnedFd,
     pub(super) seccomp: seccomp::Program,
+    pub(super) authority: Authority,
 }
 
 /// Becomes the sandbox's init. Called in the forked child; never returns.
@@ -117,14 +119,14 @@ fn launch(
         .step("make namespaces")?;
     join(fds.network_namespace.as_fd(), LinkNameSpaceType::Network).step("enter the network namespace")?;
 
-    root::build(&plan.root, &plan.hostname, fds.user_namespace.as_fd(), fds.disk)?;
+    root::build(plan, fds.user_namespace.as_fd(), fds.disk, &common.authority)?;
     rustix::system::sethostname(plan.hostname.as_bytes()).step("set the host name")?;
     rustix::process::setsid().step("start a session")?;
     attach_null()?;
 
-    enter_user_namespace(fds.user_namespace.as_fd())?;
+    enter_user_namespace(fds.user_namespace.as_fd(), &common.authority)?;
     sys::join_new_session_keyring().step("start a session keyring")?;
-    user::prepare_workspace(plan)?;
+    user::prepare_workspace(plan, &common.authority)?;
     limit_resources().step("set resource limits")?;
 
     lock_down_and_execute(fds.listener.as_fd(), fds.boot.as_fd(), common, status, gate)
@@ -145,11 +147,13 @@ fn attach_null() -> Result<(), Failure> {
 }
 
 /// Gives up the host's root for the sandbox's.
-fn enter_user_namespace(namespace: BorrowedFd<'_>) -> Result<(), Failure> {
+fn enter_user_namespace(namespace: BorrowedFd<'_>, authority: &Authority) -> Result<(), Failure> {
     use rustix::fs::{Gid, Uid};
     const STEP: &str = "enter the user namespace";
     join(namespace, LinkNameSpaceType::User).step(STEP)?;
-    rustix::thread::set_thread_groups(&[]).step(STEP)?;
+    if authority.sets_groups() {
+        rustix::thread::set_thread_groups(&[]).step(STEP)?;
+    }
     rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).step(STEP)?;
     rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).step(STEP)?;
     // A change of user clears it.
