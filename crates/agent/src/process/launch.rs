@@ -202,8 +202,8 @@ fn refusal(program: &str, workdir: &str, step: Step, errno: i32) -> Failure {
         }
         (Step::Workdir, Errno::ACCESS) => Failure::FileForbidden(workdir.to_owned()),
         (Step::Workdir, error) => Failure::InvalidArgument(format!("the working directory {workdir}: {error}")),
-        // The kernel knows no such number in this user namespace.
-        (Step::User, Errno::INVAL) => Failure::InvalidArgument(
+        // No such number in this user namespace, or (with but one) no groups.
+        (Step::User, Errno::INVAL | Errno::PERM) => Failure::InvalidArgument(
             "this sandbox has too few uids for that user; the runtime's health says how to have more".to_owned(),
         ),
         (Step::User, error) => Failure::Internal(format!("become the command's user: {error}")),

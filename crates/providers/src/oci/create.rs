@@ -31,7 +31,7 @@ use super::runtime::Runtime;
 use super::spawner::CallError;
 use super::spawner::protocol::{CgroupPlan, Done, HostPlan, Job, LaunchPlan, RootPlan};
 use super::state::{self, NetworkRecord, NewRecord, Record};
-use super::{channel, host_image, rootless};
+use super::{channel, host_image, rootless, strays};
 
 /// An image, ready to be a root.
 pub(super) struct ResolvedImage {
@@ -180,7 +180,7 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
         }
         made => made.map_err(OciError::file("make", &sandbox))?,
     }
-    let Pair { uids, user, network, port } = take_pair(runtime, plan).await?;
+    let Pair { uids, user, network, port, .. } = take_pair(runtime, plan).await?;
     let (uid_base, own) = (uids.base(), OwnNetwork::of(plan, port.as_ref()));
     let (disk, disk_mount) = runtime.disks.take(plan.disk, uid_base).await?;
     let held = Held { uid_base, disk, groups: runtime.cgroups.directories(plan.id.as_str()) };
@@ -202,10 +202,10 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
     let mut fds: Vec<BorrowedFd<'_>> = vec![listener.as_fd(), boot.as_fd(), user.as_fd(), network.as_fd()];
     fds.extend(disk_mount.as_ref().map(AsFd::as_fd));
     let (done, fds) = runtime.spawner.call(job, &fds).await?;
-    let (Done::Launched(identity), Some(pidfd)) = (done, fds.into_iter().next()) else {
+    let (Done::Launched(_), Some(pidfd)) = (done, fds.into_iter().next()) else {
         return Err(CallError::Lost.into());
     };
-    Live::new(record, &identity, pidfd).map_err(OciError::system("watch the sandbox's init"))
+    Live::new(record, pidfd).map_err(OciError::system("watch the sandbox's init"))
 }
 
 /// Namespaces as the sandbox needs them.
@@ -284,6 +284,7 @@ fn launch_plan(runtime: &Runtime, plan: &Plan, record: &Record, cgroup: CgroupPl
     let hostname = plan.spec.hostname.clone();
     LaunchPlan {
         identity_file: state::identity_file(&sandbox),
+        label: strays::label(runtime.instance.id(), &plan.id),
         root: RootPlan {
             scratch: runtime.layout.scratch(),
             uid_base: record.uid_base,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stacyvm_api::SandboxId;
+use tokio::io::unix::AsyncFd;
 
 use super::error::OciError;
 use super::registry::Live;
@@ -38,11 +39,7 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
     };
     if let Some(live) = live {
         let disk = hold_disk(&live);
-        process::kill(live.init()).map_err(OciError::system("kill the sandbox's init"))?;
-        match tokio::time::timeout(DEATH_LIMIT, live.ended()).await {
-            Ok(ended) => ended.map_err(OciError::system("wait for the sandbox's end"))?,
-            Err(_) => return Err(OciError::Unkillable(id.clone())),
-        }
+        end(id, live.init()).await?;
         if let Some(disk) = disk {
             runtime.let_go(disk);
         }
@@ -85,6 +82,15 @@ fn hold_disk(live: &Live) -> Option<OwnedFd> {
     process::root(live.init()).ok().flatten()
 }
 
+/// Kills a sandbox's init and waits until it is gone.
+pub(super) async fn end(id: &SandboxId, init: &AsyncFd<OwnedFd>) -> Result<(), OciError> {
+    process::kill(init).map_err(OciError::system("kill the sandbox's init"))?;
+    match tokio::time::timeout(DEATH_LIMIT, init.readable()).await {
+        Ok(ended) => ended.map(drop).map_err(OciError::system("wait for the sandbox's end")),
+        Err(_) => Err(OciError::Unkillable(id.clone())),
+    }
+}
+
 /// What an earlier process of this server left.
 pub(super) fn find(runtime: &Runtime, id: &SandboxId) -> Result<(Option<Arc<Live>>, Option<Record>), OciError> {
     let sandbox = runtime.layout.sandbox(id);
@@ -96,7 +102,7 @@ pub(super) fn find(runtime: &Runtime, id: &SandboxId) -> Result<(Option<Arc<Live
                 None
             };
             let live = init
-                .map(|init| Live::new((*record).clone(), &identity, init))
+                .map(|init| Live::new((*record).clone(), init))
                 .transpose()
                 .map_err(OciError::system("watch the sandbox's init"))?;
             Ok((live.map(Arc::new), Some(*record)))

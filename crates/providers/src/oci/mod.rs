@@ -38,6 +38,7 @@ mod runtime;
 mod seccomp;
 mod spawner;
 mod state;
+mod strays;
 mod sweep;
 mod sys;
 mod trash;
@@ -195,7 +196,7 @@ impl Provider for OciProvider {
 
     async fn usage(&self, id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
         let live = self.live(id)?;
-        let reading = self.runtime.cgroups.read(id.as_str(), || usage::of_processes(live.pid));
+        let reading = self.runtime.cgroups.read(id.as_str(), || usage::of_sandbox(live.init()));
         let held = |limit, value| if live.record.limits.enforced.contains(&limit) { value } else { 0 };
         let disk = self.runtime.disks.usage(&live);
         Ok(ResourceUsage {

@@ -8,25 +8,22 @@ use stacyvm_api::SandboxId;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::spawner::protocol::Identity;
 use super::state::Record;
 use super::sys;
 
 /// A sandbox whose init was found alive.
 pub(super) struct Live {
     pub(super) record: Record,
-    /// Of its init, as long as that lives.
-    pub(super) pid: i32,
     init: AsyncFd<OwnedFd>,
 }
 
 impl Live {
-    pub(super) fn new(record: Record, identity: &Identity, init: OwnedFd) -> std::io::Result<Self> {
-        Ok(Self { record, pid: identity.pid, init: sys::watch(init, Interest::READABLE)? })
+    pub(super) fn new(record: Record, init: OwnedFd) -> std::io::Result<Self> {
+        Ok(Self { record, init: sys::watch(init, Interest::READABLE)? })
     }
 
-    pub(super) fn init(&self) -> &OwnedFd {
-        self.init.get_ref()
+    pub(super) fn init(&self) -> &AsyncFd<OwnedFd> {
+        &self.init
     }
 
     /// Resolves when its init has ended.

@@ -94,6 +94,11 @@ impl Cgroups {
         report
     }
 
+    /// Whether every sandbox has a group, by which it can be found.
+    pub(super) fn are_available(&self) -> bool {
+        !self.places.is_empty()
+    }
+
     fn bounds_swap(&self) -> bool {
         self.places.get(&Controller::Memory).is_some_and(|place| group::bounds_swap(place) || !detect::host_swaps())
     }

@@ -22,6 +22,7 @@ mod root;
 mod user;
 
 use std::convert::Infallible;
+use std::ffi::CString;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -100,7 +101,7 @@ pub(super) fn become_init(plan: &LaunchPlan, fds: LaunchFds, common: &Common, st
 
 fn launch(
     plan: &LaunchPlan,
-    fds: LaunchFds,
+    mut fds: LaunchFds,
     common: &Common,
     status: &mut std::fs::File,
     gate: BorrowedFd<'_>,
@@ -119,7 +120,7 @@ fn launch(
         .step("make namespaces")?;
     join(fds.network_namespace.as_fd(), LinkNameSpaceType::Network).step("enter the network namespace")?;
 
-    root::build(plan, fds.user_namespace.as_fd(), fds.disk, &common.authority)?;
+    root::build(plan, fds.user_namespace.as_fd(), fds.disk.take(), &common.authority)?;
     rustix::system::sethostname(plan.hostname.as_bytes()).step("set the host name")?;
     rustix::process::setsid().step("start a session")?;
     attach_null()?;
@@ -129,7 +130,7 @@ fn launch(
     user::prepare_workspace(plan, &common.authority)?;
     limit_resources().step("set resource limits")?;
 
-    lock_down_and_execute(fds.listener.as_fd(), fds.boot.as_fd(), common, status, gate)
+    lock_down_and_execute(plan, &fds, common, status, gate)
 }
 
 fn join(namespace: BorrowedFd<'_>, kind: LinkNameSpaceType) -> rustix::io::Result<()> {
@@ -171,15 +172,15 @@ fn limit_resources() -> std::io::Result<()> {
 }
 
 fn lock_down_and_execute(
-    listener: BorrowedFd<'_>,
-    boot: BorrowedFd<'_>,
+    plan: &LaunchPlan,
+    fds: &LaunchFds,
     common: &Common,
     status: &mut std::fs::File,
     gate: BorrowedFd<'_>,
 ) -> Result<Infallible, Failure> {
     const STEP: &str = "arrange descriptors";
     let above = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, FIRST_OWN_FD);
-    let (listener, boot) = (above(listener).step(STEP)?, above(boot).step(STEP)?);
+    let (listener, boot) = (above(fds.listener.as_fd()).step(STEP)?, above(fds.boot.as_fd()).step(STEP)?);
     let program = above(common.program.as_fd()).step(STEP)?;
     *status = std::fs::File::from(above(status.as_fd()).step(STEP)?);
     let mut gate = std::fs::File::from(above(gate).step(STEP)?);
@@ -188,6 +189,7 @@ fn lock_down_and_execute(
     sys::close_on_exec_from(BOOT_FD + 1).step(STEP)?;
 
     let argv = [c"stacyvm-agent".to_owned(), c"serve".to_owned()];
+    let env = [CString::new(plan.label.as_str()).step("label the sandbox's init")?];
     capabilities::drop_to_sandbox().step("drop capabilities")?;
     rustix::thread::set_no_new_privs(true).step("set no_new_privs")?;
 
@@ -196,5 +198,5 @@ fn lock_down_and_execute(
     rustix::process::set_parent_process_death_signal(None).step("outlive the spawner")?;
     sys::install_seccomp(&common.seccomp).step("install the system call filter")?;
     status.write_all(&[READY]).step("report")?;
-    sys::execute(program.as_fd(), &argv, &[]).step("execute the agent")
+    sys::execute(program.as_fd(), &argv, &env).step("execute the agent")
 }

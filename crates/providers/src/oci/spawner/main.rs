@@ -217,7 +217,7 @@ impl Pending {
             Outcome::Pair { pid, user, gate } => {
                 let network = open_namespace(pid, "net").step("open a network namespace")?;
                 drop(gate);
-                Ok((Done::Paired, vec![user, network]))
+                Ok((Done::Paired { spawner: std::process::id() }, vec![user, network]))
             }
         }
     }

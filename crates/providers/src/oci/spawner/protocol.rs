@@ -42,6 +42,8 @@ pub(in crate::oci) enum Job {
 pub(in crate::oci) struct LaunchPlan {
     /// Where the spawner notes who the sandbox's init is, before it runs.
     pub(in crate::oci) identity_file: PathBuf,
+    /// All the environment that the sandbox's init has.
+    pub(in crate::oci) label: String,
     pub(in crate::oci) hostname: String,
     pub(in crate::oci) root: RootPlan,
     pub(in crate::oci) cgroup: CgroupPlan,
@@ -109,7 +111,10 @@ pub(in crate::oci) struct Reply {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::oci) enum Done {
-    Paired,
+    /// By the spawner with this process id.
+    Paired {
+        spawner: u32,
+    },
     Launched(Identity),
     Authority(Authority),
     /// How many trees there were.
