@@ -24,9 +24,11 @@ fn life_restarts_and_the_contract_hold_with_one_uid() {
 }
 
 #[test]
-fn life_restarts_and_the_contract_hold_with_delegated_control_groups() {
-    let passed = ordinary_user::run(&FOR_EVERYBODY, Circumstances { cgroups: true, ..Circumstances::WITH_IDS });
-    assert!(passed >= AT_LEAST, "only {passed} tests ran");
+fn delegated_control_groups_hold_limits() {
+    // Its checks of limits are no mere notes here.
+    let filter = ["oci_lifecycle::", "oci_conformance::the_host_image"];
+    let passed = ordinary_user::run(&filter, Circumstances { cgroups: true, ..Circumstances::WITH_IDS });
+    assert!(passed >= 9, "only {passed} tests ran");
 }
 
 #[test]

@@ -17,6 +17,7 @@ const CGROUP: &str = "ORDINARY_USER_CGROUP";
 
 /// Uids no distribution gives out; each use of this module takes another.
 const FIRST_UID: u32 = 60_000_000;
+static USED_UIDS: AtomicU32 = AtomicU32::new(0);
 const FIRST_SUBORDINATE: u32 = 1_500_000_000;
 const SUBORDINATES: u32 = 65_536;
 
@@ -102,8 +103,7 @@ pub(crate) fn as_ordinary_user(test: &str, circumstances: Circumstances, body: i
 /// Fails when one fails, or when a process of the user is left.
 pub(crate) fn run(filter: &[&str], circumstances: Circumstances) -> usize {
     assert!(rustix::process::geteuid().is_root(), "only root can become another user: run these tests as root");
-    static USED: AtomicU32 = AtomicU32::new(0);
-    let uid = FIRST_UID + std::process::id() * 16 + USED.fetch_add(1, Ordering::Relaxed);
+    let uid = FIRST_UID + std::process::id() * 16 + USED_UIDS.fetch_add(1, Ordering::Relaxed);
     let stage = tempfile::tempdir().expect("a directory");
     let groups = if circumstances.cgroups { Groups::make(uid) } else { Groups { name: String::new() } };
     prepare(stage.path(), uid, circumstances);
@@ -165,7 +165,7 @@ fn processes_of(uid: u32) -> Vec<String> {
         // Other tests use the same further ids at the same time, in their own
         // sandboxes; those end with these users' first processes.
         let is_orphan = |real: &u32| *real == uid || (subordinates.contains(real) && parent_is_gone(&status));
-        if real.filter(is_orphan).is_some() {
+        if real.as_ref().is_some_and(is_orphan) {
             found.push(status.lines().take(3).collect::<Vec<_>>().join(" "));
         }
     }

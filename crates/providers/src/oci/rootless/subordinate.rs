@@ -27,10 +27,15 @@ const MAX_COMPLAINT_BYTES: u64 = 1024;
 /// A whole map: our own user as 0, and what the lists give from 1 on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SubordinateIds {
-    newuidmap: PathBuf,
-    newgidmap: PathBuf,
-    uids: Vec<Extent>,
-    gids: Vec<Extent>,
+    users: List,
+    groups: List,
+}
+
+/// The ids of one kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct List {
+    helper: PathBuf,
+    extents: Vec<Extent>,
 }
 
 /// A run of ids of the host.
@@ -44,34 +49,51 @@ impl SubordinateIds {
     /// What this process's user has; the error says why that is nothing, and
     /// what to do.
     pub(super) fn find() -> Result<Self, String> {
-        let program = |name: &str| {
-            let found = PROGRAM_DIRECTORIES.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.is_file());
-            found.ok_or_else(|| format!("{name} is not installed (package uidmap)"))
-        };
-        let (newuidmap, newgidmap) = (program("newuidmap")?, program("newgidmap")?);
-        let uid = rustix::process::getuid().as_raw();
         let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-        let owners = owners(&passwd, uid);
-        let listed = |file: &str| {
-            let extents = extents(&std::fs::read_to_string(file).unwrap_or_default(), &owners);
-            let hint = format!("{file} has no line for this user, such as {}:100000:65536", owners[0]);
-            if extents.is_empty() { Err(hint) } else { Ok(extents) }
-        };
-        let (uids, gids) = (listed("/etc/subuid")?, listed("/etc/subgid")?);
-        let count = total(&uids).min(total(&gids));
-        Ok(Self { newuidmap, newgidmap, uids: first(&uids, count), gids: first(&gids, count) })
+        let owners = owners(&passwd, rustix::process::getuid().as_raw());
+        let mut users = List::find("newuidmap", "/etc/subuid", &owners)?;
+        let mut groups = List::find("newgidmap", "/etc/subgid", &owners)?;
+        let count = total(&users.extents).min(total(&groups.extents));
+        for list in [&mut users, &mut groups] {
+            list.extents = first(&list.extents, count);
+        }
+        Ok(Self { users, groups })
     }
 
     /// How many ids there are, our own included.
     pub(super) fn count(&self) -> u32 {
-        1 + total(&self.uids)
+        1 + total(&self.users.extents)
     }
 
     /// Gives them to the user namespace of a process that has no map yet.
     pub(super) fn install(&self, pid: Pid) -> Result<(), String> {
-        let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
-        run(&self.newuidmap, pid, uid, &self.uids)?;
-        run(&self.newgidmap, pid, gid, &self.gids)
+        self.users.install(pid, rustix::process::getuid().as_raw())?;
+        self.groups.install(pid, rustix::process::getgid().as_raw())
+    }
+}
+
+impl List {
+    fn find(helper: &str, file: &str, owners: &[String]) -> Result<Self, String> {
+        let mut paths = PROGRAM_DIRECTORIES.iter().map(|directory| Path::new(directory).join(helper));
+        let Some(path) = paths.find(|path| path.is_file()) else {
+            return Err(format!("{helper} is not installed (package uidmap)"));
+        };
+        let extents = extents(&std::fs::read_to_string(file).unwrap_or_default(), owners);
+        if extents.is_empty() {
+            return Err(format!("{file} has no line for this user, such as {}:100000:65536", owners[0]));
+        }
+        Ok(Self { helper: path, extents })
+    }
+
+    /// `own` becomes 0, the others follow.
+    fn install(&self, pid: Pid, own: u32) -> Result<(), String> {
+        let mut numbers = vec![pid.as_raw_pid().cast_unsigned(), 0, own, 1];
+        let mut inside = 1;
+        for extent in &self.extents {
+            numbers.extend([inside, extent.first, extent.count]);
+            inside += extent.count;
+        }
+        run(&self.helper, &numbers)
     }
 }
 
@@ -120,15 +142,9 @@ fn total(extents: &[Extent]) -> u32 {
     extents.iter().fold(0, |sum, extent| sum.saturating_add(extent.count))
 }
 
-fn run(helper: &Path, pid: Pid, own: u32, extents: &[Extent]) -> Result<(), String> {
+fn run(helper: &Path, numbers: &[u32]) -> Result<(), String> {
     let name = helper.file_name().unwrap_or_default().to_string_lossy();
     let failed = |error: &dyn std::fmt::Display| format!("{name} failed: {error}");
-    let mut numbers = vec![pid.as_raw_pid().cast_unsigned(), 0, own, 1];
-    let mut inside = 1;
-    for extent in extents {
-        numbers.extend([inside, extent.first, extent.count]);
-        inside += extent.count;
-    }
     let mut child = Command::new(helper)
         .args(numbers.iter().map(u32::to_string))
         .stdin(Stdio::null())
