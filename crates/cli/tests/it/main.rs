@@ -1,0 +1,6 @@
+//! The program as people use it: started, asked, killed, and started again,
+//! with real sandboxes on this very host.
+
+mod architecture;
+mod serve;
+mod support;
