@@ -2,5 +2,6 @@
 //! with real sandboxes on this very host.
 
 mod architecture;
+mod hostile;
 mod serve;
 mod support;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
 /// How long something may take on a loaded machine before it counts as hung.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(2);
 
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
