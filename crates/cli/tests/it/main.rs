@@ -3,5 +3,7 @@
 
 mod architecture;
 mod hostile;
+mod leaks;
+mod restart;
 mod serve;
 mod support;

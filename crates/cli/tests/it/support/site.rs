@@ -122,16 +122,29 @@ impl Site {
         let data_dir = self.data_dir().display().to_string();
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("readable");
         remains.extend(mounts.lines().filter(|line| line.contains(&data_dir)).map(str::to_owned));
-        for below in ["oci/sandboxes", "oci/trash"] {
-            let entries = fs::read_dir(self.data_dir().join(below)).into_iter().flatten().flatten();
-            remains.extend(entries.map(|entry| entry.path().display().to_string()));
-        }
+        remains.extend(self.files_of_sandboxes());
         for (number, claim) in self.claims() {
             remains.push(format!("the claim {}", claim.display()));
             let device = PathBuf::from(format!("/sys/class/net/svm{number}"));
             remains.extend(device.exists().then(|| device.display().to_string()));
         }
         remains
+    }
+
+    /// What sandboxes have on the host while a server runs: groups, with all that
+    /// is in them, and files.
+    pub(crate) fn sandboxes_on_host(&self) -> Vec<String> {
+        let of_a_sandbox = |group: &PathBuf| group.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"sb-"));
+        let groups = self.groups().into_iter().filter(of_a_sandbox);
+        let mut found: Vec<String> = groups.map(|group| group.display().to_string()).collect();
+        found.extend(self.files_of_sandboxes());
+        found
+    }
+
+    fn files_of_sandboxes(&self) -> Vec<String> {
+        let directories = ["oci/sandboxes", "oci/trash"].map(|below| fs::read_dir(self.data_dir().join(below)));
+        let entries = directories.into_iter().flatten().flatten().flatten();
+        entries.map(|entry| entry.path().display().to_string()).collect()
     }
 
     /// Numbers of the host's that are ours.
