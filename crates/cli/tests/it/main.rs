@@ -2,6 +2,7 @@
 //! with real sandboxes on this very host.
 
 mod architecture;
+mod commands;
 mod hostile;
 mod leaks;
 mod restart;

@@ -2,15 +2,19 @@
 //! its own, ways to ask it things, and proof that nothing is left of it.
 
 mod program;
+mod registry;
 mod server;
 mod site;
+mod terminal;
 mod wait;
 
 use std::path::{Path, PathBuf};
 
 pub(crate) use program::{Ran, run};
+pub(crate) use registry::Registry;
 pub(crate) use server::{Ended, Server, create, output, script, sh, small};
 pub(crate) use site::{Site, make_image};
+pub(crate) use terminal::Terminal;
 pub(crate) use wait::{PATIENCE, eventually, eventually_equal, within};
 
 /// The image that every site has: `alpine:latest`, made from busybox.
