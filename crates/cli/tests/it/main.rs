@@ -3,6 +3,7 @@
 
 mod architecture;
 mod commands;
+mod docs;
 mod hostile;
 mod leaks;
 mod restart;

@@ -65,14 +65,19 @@ async fn trees_go_in_come_out_and_across() {
     cp(&here("tree"), &inside("/workspace")).await;
     cp(&here("tree"), &inside("/workspace/named")).await;
     cp(&here("tree/."), &inside("/workspace/contents")).await;
-    for place in ["tree", "named", "contents"] {
-        let shown = "cd /workspace/PLACE; ./link; stat -c %a a/run.sh; ls -d a/empty; wc -c < bytes";
+    cp(&here("tree/."), &inside("/tmp")).await;
+    // Once more, over what is there.
+    cp(&here("tree"), &inside("/workspace")).await;
+    for place in ["tree", "named", "contents", "/tmp"] {
+        let shown = "cd /workspace; cd PLACE; ./link; stat -c %a a/run.sh; ls -d a/empty; wc -c < bytes";
         let shown = output(&fixture.sandbox, &shown.replace("PLACE", place)).await;
         assert_eq!(shown, "ran\n755\na/empty\n1280000", "{place}");
     }
     cp(&inside("/workspace/tree"), &here("back")).await;
     cp(&inside("/workspace/named/."), &here("contents")).await;
-    cp(&inside("/workspace/named"), &format!("{}:/workspace/across", other.id())).await;
+    for _ in 0..2 {
+        cp(&inside("/workspace/named/."), &format!("{}:/workspace/across", other.id())).await;
+    }
     for place in ["back", "contents"] {
         let place = home.path().join(place);
         assert_eq!(fs::read_link(place.join("link")).expect("a link").to_str(), Some("a/run.sh"));
