@@ -15,10 +15,7 @@ const MAY_USE: [(&str, &[&str]); 13] = [
     ("stacyvm-agent-embed", &[]),
     ("stacyvm-sandbox", &["stacyvm-api", "stacyvm-envd"]),
     ("stacyvm-image", &["stacyvm-api", "stacyvm-sandbox"]),
-    (
-        "stacyvm-providers",
-        &["stacyvm-agent-embed", "stacyvm-api", "stacyvm-envd", "stacyvm-image", "stacyvm-sandbox"],
-    ),
+    ("stacyvm-providers", &["stacyvm-agent-embed", "stacyvm-api", "stacyvm-envd", "stacyvm-image", "stacyvm-sandbox"]),
     ("stacyvm-engine", &["stacyvm-api", "stacyvm-sandbox"]),
     ("stacyvm-server", &["stacyvm-api", "stacyvm-engine", "stacyvm-sandbox"]),
     ("stacyvm-client", &["stacyvm-api"]),
@@ -109,8 +106,11 @@ fn what_has_one_place_stays_there() {
 fn the_page_shows_every_crate_and_no_other() {
     let metadata = metadata();
     let page = std::fs::read_to_string(in_repository("ARCHITECTURE.md")).expect("the page");
-    let shown: BTreeSet<&str> =
-        page.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).filter(|it| it.contains('/')).collect();
+    let shown: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .filter(|it| it.contains('/'))
+        .collect();
     let root = &metadata.workspace_root;
     let folders: BTreeSet<String> = metadata
         .workspace_packages()

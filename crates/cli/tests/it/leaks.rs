@@ -117,7 +117,10 @@ async fn creates_that_fail_or_that_nobody_waits_for_leave_nothing() {
     let client = watched.server.client();
     for (request, code) in [
         (CreateRequest { user: Some("nobody-of-this-name".to_owned()), ..small() }, ErrorCode::BadRequest),
-        (CreateRequest { image: Some("127.0.0.1:1/nothing:here".to_owned()), ..small() }, ErrorCode::RegistryUnavailable),
+        (
+            CreateRequest { image: Some("127.0.0.1:1/nothing:here".to_owned()), ..small() },
+            ErrorCode::RegistryUnavailable,
+        ),
         (CreateRequest { image: Some("Not-Lower".to_owned()), ..small() }, ErrorCode::ImageNotFound),
         (CreateRequest { network_mode: Some("no-such-network".to_owned()), ..small() }, ErrorCode::BadRequest),
         (CreateRequest { template: Some("no-such-template".to_owned()), ..small() }, ErrorCode::NotFound),
@@ -127,7 +130,8 @@ async fn creates_that_fail_or_that_nobody_waits_for_leave_nothing() {
     }
     // Clients that hang up at any time between the request and the answer.
     for micros in (0..40).map(|step| step * 1000) {
-        let mut socket = TcpStream::connect(watched.server.url.trim_start_matches("http://")).await.expect("it listens");
+        let mut socket =
+            TcpStream::connect(watched.server.url.trim_start_matches("http://")).await.expect("it listens");
         let body = r#"{"memory_mb":128,"network_mode":"bridge"}"#;
         let head = "POST /api/v1/sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
         let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());

@@ -43,7 +43,8 @@ impl Killed {
                 offset = end.expect("a position");
             }
         }
-        let shell = ExecRequest { command: "read answer; echo got $answer; exit 7".to_owned(), ..ExecRequest::default() };
+        let shell =
+            ExecRequest { command: "read answer; echo got $answer; exit 7".to_owned(), ..ExecRequest::default() };
         let mut shell = made[0].terminal(&shell, Some(TerminalSize { cols: 80, rows: 24 })).await.expect("a terminal");
         let terminal = match shell.output.next().await.expect("an event") {
             Some(ExecEvent::Started { exec_id, .. }) => exec_id,
@@ -120,7 +121,8 @@ async fn read_on(sandbox: &SandboxClient, command: &ExecId, offset: u64) -> (Vec
     let mut attached = sandbox.attach(command.clone(), offset).await.expect("attached");
     let (mut bytes, mut position) = (Vec::new(), offset);
     loop {
-        match within("the rest of the output", attached.output.next()).await.expect("an event").expect("an exit first") {
+        match within("the rest of the output", attached.output.next()).await.expect("an event").expect("an exit first")
+        {
             ExecEvent::Started { exec_id, .. } => assert_eq!(&exec_id, command),
             ExecEvent::Output { data, offset, .. } => {
                 bytes.extend_from_slice(&data);

@@ -122,7 +122,8 @@ async fn a_configuration_that_is_wrong_stops_the_server_and_says_where() {
             ran = ran.says(text);
         }
     };
-    refused("server:\n  prot: 1\n", &["stacyvm.yaml:2: unknown key `server.prot`", "did you mean `server.port`?"]).await;
+    refused("server:\n  prot: 1\n", &["stacyvm.yaml:2: unknown key `server.prot`", "did you mean `server.port`?"])
+        .await;
     refused("defaults:\n  ttl: 30\n", &["stacyvm.yaml:2: `defaults.ttl` must be a duration"]).await;
     refused("server: [1]\ndefaults:\n  vcpus: two\n", &["stacyvm.yaml:1", "stacyvm.yaml:3: `defaults.vcpus`"]).await;
     refused("providers:\n  default: dokcer\n", &["no provider `dokcer`", "auto, oci"]).await;

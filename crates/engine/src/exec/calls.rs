@@ -302,7 +302,8 @@ impl Shared {
         process: ListedProcess,
     ) {
         let Ok(exec_id) = tag.parse::<ExecId>() else { return };
-        if record.commands().contains_key(&exec_id) || !matches!(self.store.exec(&record.id, &exec_id).await, Ok(None)) {
+        if record.commands().contains_key(&exec_id) || !matches!(self.store.exec(&record.id, &exec_id).await, Ok(None))
+        {
             return;
         }
         tracing::info!(sandbox = %record.id, exec = %exec_id, "taking up a command that is not in the log");

@@ -185,7 +185,9 @@ async fn input_for_a_command_that_has_just_ended_is_no_error() {
     .await;
     let mut socket = Socket::open(&fixture, &id).await;
     socket.say(&json!({ "type": "attach", "exec_id": exec_id })).await;
-    for late in [json!({ "type": "stdin", "data": "late" }), json!({ "type": "close_stdin" }), json!({ "type": "ping" })] {
+    for late in
+        [json!({ "type": "stdin", "data": "late" }), json!({ "type": "close_stdin" }), json!({ "type": "ping" })]
+    {
         socket.say(&late).await;
     }
     let (messages, code) = socket.rest().await;

@@ -186,7 +186,11 @@ impl Copy {
     }
 
     async fn download_tree(&self, sandbox: &SandboxClient, from: &str, to: &Path) -> anyhow::Result<u64> {
-        let target = if to.is_dir() && !place::remote_means_contents(from) { to.join(place::remote_name(from)?) } else { to.to_owned() };
+        let target = if to.is_dir() && !place::remote_means_contents(from) {
+            to.join(place::remote_name(from)?)
+        } else {
+            to.to_owned()
+        };
         let download = sandbox.download_archive(from).await?;
         let bar = self.output.progress(&target.display().to_string(), None);
         let unpacked = unpack::unpack(bar.wrap_async_read(download.into_reader()), &target).await?;

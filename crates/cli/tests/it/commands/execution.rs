@@ -50,7 +50,8 @@ async fn input_of_any_size_reaches_the_command() {
     assert!(echoed.stdout_bytes() == input, "{} of {} bytes came back", echoed.stdout_bytes().len(), input.len());
     let taken = fixture.server.run_with_input(&["exec", &fixture.id, "--", "head", "-c", "3"], b"abcdef").await.ok();
     assert_eq!(taken.stdout(), "abc", "a command that reads less ends all the same");
-    let counted = fixture.server.run_with_input(&["exec", &fixture.id, "-n", "--", "wc", "-c"], b"not for it").await.ok();
+    let counted =
+        fixture.server.run_with_input(&["exec", &fixture.id, "-n", "--", "wc", "-c"], b"not for it").await.ok();
     assert_eq!(counted.stdout().trim(), "0");
     let scripted = fixture.server.run_with_input(&["run", "--memory", "128"], b"echo from a script\nexit 9\n").await;
     assert_eq!((scripted.status(), scripted.stdout()), (Some(9), "from a script\n"), "{scripted}");

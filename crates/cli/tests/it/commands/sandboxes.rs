@@ -17,7 +17,10 @@ async fn a_sandbox_is_made_shown_extended_and_destroyed() {
     let made = server.run(&[&["spawn", "--metadata", &job][..], &options].concat()).await.ok();
     let id = made.stdout().split_whitespace().next().expect("an id").to_owned();
     assert!(id.starts_with("sb-") && id.len() == 23, "{made}");
-    assert!(made.stdout().contains("alpine:latest on oci, ready in ") && made.stdout().contains("expires in"), "{made}");
+    assert!(
+        made.stdout().contains("alpine:latest on oci, ready in ") && made.stdout().contains("expires in"),
+        "{made}"
+    );
     let second: Sandbox = server.run(&["spawn", "--json", "--metadata", &job, "--memory", "64"]).await.json();
     let third = server.run(&["spawn", "-q", "--metadata", &job, "--memory", "64", "--image", "host"]).await.ok();
     let third = third.stdout().trim().to_owned();
@@ -119,7 +122,8 @@ async fn events_are_followed_as_they_happen() {
 async fn templates_keep_every_field_and_apply_it() {
     let server = Server::shared().await;
     let save = ["template", "save", "e2e-data", "--image", "alpine:latest", "--memory", "80", "--vcpus", "0.5"];
-    let more = ["--ttl", "7m", "-e", "GREETING=hello", "--metadata", "kind=e2e", "--setup", "echo ready > /workspace/up"];
+    let more =
+        ["--ttl", "7m", "-e", "GREETING=hello", "--metadata", "kind=e2e", "--setup", "echo ready > /workspace/up"];
     let last = ["--network", "none", "--description", "for tests"];
     server.run(&[&save[..], &more, &last].concat()).await.ok().says("saved e2e-data, version 1");
     let kept: Template = server.run(&["template", "get", "e2e-data", "--json"]).await.json();
@@ -166,7 +170,10 @@ async fn the_server_and_this_program_are_described() {
     let server = Server::shared().await;
     let version = env!("CARGO_PKG_VERSION");
     let told = server.run(&["version"]).await.ok();
-    assert!(told.stdout().starts_with(&format!("stacyvm {version} (")) && told.stdout().contains("\nserver  "), "{told}");
+    assert!(
+        told.stdout().starts_with(&format!("stacyvm {version} (")) && told.stdout().contains("\nserver  "),
+        "{told}"
+    );
     let told: Value = server.run(&["version", "--json"]).await.json();
     assert_eq!((&told["client"]["version"], &told["server"]["version"]), (&version.into(), &version.into()));
     let alone = server.run(&["version", "--server", "http://127.0.0.1:1"]).await.ok();

@@ -62,7 +62,8 @@ async fn a_terminal_comes_back_whatever_ends_the_session() {
     let mut terminal = on_terminal(&server, &["run", "--memory", "128"]);
     terminal.press("hostname; exit 4\r");
     assert_eq!(terminal.ends().await.code(), Some(4), "{}", terminal.shown());
-    let id = terminal.shown().lines().find_map(|line| Some(line.trim()).filter(|line| line.len() == 23)).map(str::to_owned);
+    let id =
+        terminal.shown().lines().find_map(|line| Some(line.trim()).filter(|line| line.len() == 23)).map(str::to_owned);
     let gone = server.run(&["inspect", &id.expect("a host name")]).await;
     assert_eq!(gone.status(), Some(1), "{gone}");
 }

@@ -161,7 +161,10 @@ async fn files_in_memory_count_as_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_burns_its_processor_is_held_to_its_share() {
     let attack = Attack::by(&CreateRequest { vcpus: Some(0.2), ..small() }).await;
-    let spin = ExecRequest { timeout: Some(Duration::from_secs(2).into()), ..script("while :; do :; done & while :; do :; done") };
+    let spin = ExecRequest {
+        timeout: Some(Duration::from_secs(2).into()),
+        ..script("while :; do :; done & while :; do :; done")
+    };
     assert_eq!(refusal(attack.guest.exec(&spin).await), ErrorCode::Timeout);
     // Every descendant went with the deadline.
     assert_eq!(output(&attack.guest, "ps | grep -c 'while [:]'; true").await, "0");

@@ -63,7 +63,8 @@ async fn what_is_no_file_is_refused_at_once_instead_of_read_for_ever() {
         let read = within(path, guest.read_file(path)).await;
         assert!(matches!(refusal(read), ErrorCode::FileConflict | ErrorCode::FileForbidden), "{path}");
     }
-    for path in ["/dev/full", "/dev/tty", "/proc/sys/kernel/hostname", "/sys/power/state", "/workspace", "/proc/1/mem"] {
+    for path in ["/dev/full", "/dev/tty", "/proc/sys/kernel/hostname", "/sys/power/state", "/workspace", "/proc/1/mem"]
+    {
         let options = UploadOptions::default();
         let code = refusal(within(path, guest.upload(path, &b"x"[..], &options)).await);
         // In `/proc` no file can be made beside another, and that is what it says.
@@ -99,14 +100,19 @@ async fn odd_names_are_listed_copied_and_removed() {
     let home = attack.server.site.home();
     let (from, to) = (format!("{}:/workspace/odd", guest.id()), home.join("odd"));
     attack.server.run(&["cp", &from, to.to_str().expect("text")]).await.ok();
-    let names: BTreeSet<Vec<u8>> =
-        fs::read_dir(&to).expect("copied").map(|entry| entry.expect("an entry").file_name().as_bytes().to_vec()).collect();
+    let names: BTreeSet<Vec<u8>> = fs::read_dir(&to)
+        .expect("copied")
+        .map(|entry| entry.expect("an entry").file_name().as_bytes().to_vec())
+        .collect();
     let expected = [&b" "[..], b"-rf", b"...", b"new\nline", b"not-utf8-\xff\xfe", b"\x1b[2Jescape"];
     assert_eq!(names, expected.into_iter().map(<[u8]>::to_vec).collect());
     // And back again, bytes for bytes.
     let (from, to) = (to.join("."), format!("{}:/workspace/back", guest.id()));
     attack.server.run(&["cp", from.to_str().expect("text"), &to]).await.ok();
-    assert_eq!(output(guest, "cd /workspace/back; cat \"$(printf 'not-utf8-\\377\\376')\"; ls -A | wc -l").await, "two6");
+    assert_eq!(
+        output(guest, "cd /workspace/back; cat \"$(printf 'not-utf8-\\377\\376')\"; ls -A | wc -l").await,
+        "two6"
+    );
     guest.remove_all("/workspace/odd").await.expect("removed");
     assert_eq!(refusal(guest.stat("/workspace/odd").await), ErrorCode::FileNotFound);
     // What people see of it in a terminal is harmless.
@@ -120,7 +126,8 @@ async fn trees_deeper_and_files_larger_than_anything_are_taken_as_they_are() {
     const DEPTH: usize = 3000;
     let attack = Attack::by_host_programs().await;
     let guest = &attack.guest;
-    let dig = format!("import os\nfor _ in range({DEPTH}):\n    os.mkdir('d')\n    os.chdir('d')\nopen('file', 'w').close()");
+    let dig =
+        format!("import os\nfor _ in range({DEPTH}):\n    os.mkdir('d')\n    os.chdir('d')\nopen('file', 'w').close()");
     attack.python(&dig).await;
     assert_eq!(guest.list_files("/workspace").await.expect("listed").len(), 1);
     assert!(within("a glob", guest.glob("/workspace/**/file")).await.expect("found").len() <= 1);

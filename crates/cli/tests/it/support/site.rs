@@ -134,7 +134,8 @@ impl Site {
     /// What sandboxes have on the host while a server runs: groups, with all that
     /// is in them, and files.
     pub(crate) fn sandboxes_on_host(&self) -> Vec<String> {
-        let of_a_sandbox = |group: &PathBuf| group.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"sb-"));
+        let of_a_sandbox =
+            |group: &PathBuf| group.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"sb-"));
         let groups = self.groups().into_iter().filter(of_a_sandbox);
         let mut found: Vec<String> = groups.map(|group| group.display().to_string()).collect();
         found.extend(self.files_of_sandboxes());
@@ -152,9 +153,8 @@ impl Site {
         let owner = format!(" {}", self.data_dir().join("oci").display());
         let kinds = ["uids", "subnets"].map(|kind| fs::read_dir(Path::new(RUN_DIR).join(kind)));
         let claims = kinds.into_iter().flatten().flatten().flatten();
-        let ours = claims.filter(|claim| {
-            fs::read_to_string(claim.path()).is_ok_and(|text| text.trim_end().ends_with(&owner))
-        });
+        let ours =
+            claims.filter(|claim| fs::read_to_string(claim.path()).is_ok_and(|text| text.trim_end().ends_with(&owner)));
         ours.map(|claim| (claim.file_name().to_string_lossy().into_owned(), claim.path())).collect()
     }
 
