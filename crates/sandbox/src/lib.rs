@@ -20,7 +20,7 @@ pub use envd::EnvdSession;
 pub use error::{Cause, ProviderError, SessionError};
 pub use health::HealthReport;
 pub use provider::{
-    AgentChannel, AgentIo, Capabilities, Connection, Created, Progress, ProgressSink, Provider, ResourceUsage,
+    AgentChannel, AgentIo, Capabilities, Connection, Created, Progress, ProgressSink, Provider, ProviderDefaults, ResourceUsage,
     RuntimeSandbox, RuntimeState,
 };
 pub use session::{

@@ -29,6 +29,12 @@ pub trait Provider: Send + Sync + 'static {
         BTreeMap::new()
     }
 
+    /// What sandboxes on this runtime get that ask for nothing, before the
+    /// server's own defaults.
+    fn defaults(&self) -> ProviderDefaults {
+        ProviderDefaults::default()
+    }
+
     /// Looks at everything a sandbox needs, without side effects.
     async fn check(&self) -> HealthReport;
 
@@ -77,6 +83,15 @@ pub trait Provider: Send + Sync + 'static {
     fn unsupported(&self, operation: &'static str) -> ProviderError {
         ProviderError::Unsupported { provider: self.name().to_owned(), operation }
     }
+}
+
+/// Defaults of one runtime; `None` leaves it to the server's.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ProviderDefaults {
+    pub image: Option<String>,
+    pub memory_mib: Option<u64>,
+    pub vcpus: Option<f64>,
+    pub pids_limit: Option<u64>,
 }
 
 /// What a runtime can do beyond create, connect, destroy and list.

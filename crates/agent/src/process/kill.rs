@@ -57,6 +57,12 @@ pub(crate) fn descendant_sockets() -> HashSet<u64> {
     sockets
 }
 
+/// The parent of a process that lives; zero when it lies outside this pid
+/// namespace.
+pub(crate) fn parent(pid: i32) -> Option<i32> {
+    read_row(pid).filter(|row| !row.dead).map(|row| row.parent)
+}
+
 /// One row of the process table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Row {

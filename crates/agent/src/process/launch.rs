@@ -56,6 +56,7 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
         stdio,
         reports: their_reports.into(),
         open_files: sandbox.open_files,
+        capabilities: sandbox.capabilities,
     });
     let supervisor = plan.launch().map_err(|error| out_of("start a process", error))?;
     let reports = UnixStream::from_std(reports).map_err(|error| out_of("watch a socket", error))?;

@@ -12,6 +12,7 @@
 //! pipe would; one that stops taking for [`STALL_PATIENCE`] does not: the command
 //! goes on and the reader is later told how much it missed.
 
+mod capabilities;
 mod kill;
 mod launch;
 mod output;
@@ -33,7 +34,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-pub(crate) use kill::{descendant_sockets, signal_everybody};
+pub(crate) use kill::{descendant_sockets, parent, signal_everybody};
 pub(crate) use output::OutputKind;
 pub(crate) use reader::{Event, Reader, ReaderOptions};
 

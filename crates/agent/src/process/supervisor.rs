@@ -24,6 +24,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::ptr;
 use std::sync::OnceLock;
 
+use super::capabilities;
 use crate::user::Identity;
 
 /// Length of one report on the connection.
@@ -119,6 +120,7 @@ pub(crate) struct Plan {
     terminal: bool,
     oom_score: &'static [u8],
     open_files: Option<libc::rlimit>,
+    capabilities: Option<u64>,
     stack: Vec<u8>,
     stdio: [OwnedFd; 3],
     reports: OwnedFd,
@@ -139,6 +141,8 @@ pub(crate) struct PlanOptions {
     pub reports: OwnedFd,
     /// The limit that the command gets back, if the agent raised its own.
     pub open_files: Option<libc::rlimit>,
+    /// What the command may have at most, if that is less than the agent has.
+    pub capabilities: Option<u64>,
 }
 
 impl Plan {
@@ -157,6 +161,7 @@ impl Plan {
             terminal: options.terminal,
             oom_score: command_oom_score(),
             open_files: options.open_files,
+            capabilities: options.capabilities,
             stack: vec![0; CHILD_STACK_BYTES],
             stdio: options.stdio,
             reports: options.reports,
@@ -294,6 +299,11 @@ unsafe fn become_command(plan: &Plan) -> (Step, c_int) {
         }
         if let Some(limit) = &plan.open_files {
             libc::setrlimit(libc::RLIMIT_NOFILE, limit);
+        }
+        if let Some(kept) = plan.capabilities
+            && let Err(errno) = capabilities::bound(kept)
+        {
+            return (Step::User, errno);
         }
         let groups = libc::syscall(libc::SYS_setgroups, plan.groups.len(), plan.groups.as_ptr());
         if (groups < 0 && !plan.same_user)

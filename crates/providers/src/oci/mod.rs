@@ -52,6 +52,7 @@ use stacyvm_sandbox::{
     RuntimeSandbox, RuntimeState, SandboxSpec,
 };
 
+pub(crate) use claims::Instance;
 pub use options::{BridgeOptions, HostImageOptions, OciOptions, SpawnerCommand};
 pub use spawner::spawner_main;
 

@@ -1,6 +1,12 @@
-//! The runtimes on this very host, with real namespaces.
+//! The runtimes on this very host, with real namespaces and a real docker
+//! daemon.
 
+mod docker_conformance;
+mod docker_fixture;
+mod docker_lifecycle;
+mod dockerd;
 mod fixture;
+mod inside;
 mod internet;
 mod oci_conformance;
 mod oci_lifecycle;

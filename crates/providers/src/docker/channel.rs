@@ -1,0 +1,58 @@
+//! The way to one sandbox's agent: its own socket where that can be reached,
+//! the bridge everywhere else.
+
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use stacyvm_sandbox::{AgentChannel, AgentIo};
+
+use super::bridge;
+use super::daemon::Daemon;
+use super::direct::Direct;
+
+pub(super) struct DockerChannel {
+    daemon: Arc<Daemon>,
+    container: String,
+    direct: Option<Direct>,
+}
+
+impl DockerChannel {
+    /// `pid` is what the daemon says of the container's first process.
+    pub(super) async fn new(daemon: Arc<Daemon>, container: String, pid: i64) -> Self {
+        let direct = if daemon.endpoint.is_local() { reachable(pid, &container).await } else { None };
+        Self { daemon, container, direct }
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+}
+
+/// Tried once: with a runtime that puts a kernel between us and the agent there
+/// is no such socket.
+async fn reachable(pid: i64, container: &str) -> Option<Direct> {
+    let direct = Direct::find(pid, container).ok()?;
+    match direct.open().await {
+        Ok(_) => Some(direct),
+        Err(error) => {
+            tracing::debug!(container, %error, "its agent is reached through the daemon");
+            None
+        }
+    }
+}
+
+#[async_trait]
+impl AgentChannel for DockerChannel {
+    async fn open(&self) -> io::Result<Box<dyn AgentIo>> {
+        let Some(direct) = &self.direct else { return bridge::open(&self.daemon, &self.container).await };
+        match direct.open().await {
+            Ok(stream) => Ok(Box::new(stream)),
+            Err(_) if direct.has_ended()? => Err(io::ErrorKind::NotFound.into()),
+            // A guest may have removed the socket's file; then the bridge, which
+            // comes by the same path, says whether anything is left.
+            Err(_) => bridge::open(&self.daemon, &self.container).await,
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! A docker daemon of the tests' own (`tests/dockerd.sh`): one for all tests of
+//! a program, or one for a test that kills it.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, OnceLock};
+
+/// Image of the contract suite.
+pub(crate) const IMAGE: &str = "alpine:latest";
+
+/// Ends when it is dropped, and with the program of the tests at the latest:
+/// its script then reads the end of its input and cleans up.
+pub(crate) struct Dockerd {
+    directory: PathBuf,
+    control: Mutex<(ChildStdin, BufReader<ChildStdout>)>,
+}
+
+impl Dockerd {
+    /// The one that tests share. Fails, rather than skips, where there is none.
+    pub(crate) fn shared() -> &'static Self {
+        static SHARED: OnceLock<Dockerd> = OnceLock::new();
+        SHARED.get_or_init(Self::start)
+    }
+
+    /// One that runs and has the image of the contract suite.
+    pub(crate) fn start() -> Self {
+        assert!(rustix::process::geteuid().is_root(), "these tests start a docker daemon: run them as root");
+        let directory = std::env::temp_dir().join(format!("stacyvm-dockerd-{:08x}", rand_u32()));
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../providers/tests/dockerd.sh");
+        let mut child = Command::new(script)
+            .arg(&directory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the script starts");
+        let (stdin, stdout) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+        let daemon = Self { directory, control: Mutex::new((stdin, BufReader::new(stdout))) };
+        daemon.command("start");
+        daemon.load_image();
+        daemon
+    }
+
+    /// Starts it again after [`Dockerd::kill`].
+    pub(crate) fn restart(&self) {
+        self.command("start");
+    }
+
+    /// As a crash would.
+    pub(crate) fn kill(&self) {
+        self.command("kill");
+    }
+
+    fn command(&self, command: &str) {
+        let mut control = self.control.lock().expect("no test panics in here");
+        writeln!(control.0, "{command}").expect("the script takes commands");
+        let mut answer = String::new();
+        control.1.read_line(&mut answer).expect("the script answers");
+        assert_eq!(answer.trim(), "ok", "dockerd.sh {command}");
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.join("docker.sock")
+    }
+
+    /// Where it listens with TLS.
+    pub(crate) fn port(&self) -> u16 {
+        let port = std::fs::read_to_string(self.directory.join("port")).expect("a port");
+        port.trim().parse().expect("a number")
+    }
+
+    /// Runs docker's own client, which must succeed.
+    pub(crate) fn docker(&self, arguments: &[&str]) -> String {
+        let output = self.client(arguments);
+        assert!(output.status.success(), "docker {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    pub(crate) fn client(&self, arguments: &[&str]) -> std::process::Output {
+        Command::new("docker")
+            .args(arguments)
+            .env("DOCKER_HOST", format!("unix://{}", self.socket().display()))
+            .env("DOCKER_CONFIG", self.directory.join("client"))
+            .env_remove("DOCKER_CONTEXT")
+            .stdin(Stdio::null())
+            .output()
+            .expect("docker's client is there")
+    }
+
+    /// The image that everybody asks for, made from busybox.
+    fn load_image(&self) {
+        let archive = self.directory.join("image.tar");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/make-test-image.sh");
+        let made = Command::new(script).arg(&archive).arg(IMAGE).output().expect("the script starts");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        self.docker(&["load", "--quiet", "--input", archive.to_str().expect("text")]);
+    }
+}
+
+fn rand_u32() -> u32 {
+    let mut bytes = [0; 4];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).expect("random bytes");
+    u32::from_ne_bytes(bytes)
+}
