@@ -11,10 +11,12 @@
 #   kill    kills it as a crash would; containers keep running
 #
 # At the end of its input, which is also when the test that started it dies,
-# it removes every container and everything else it made.
+# it removes every container and everything else it made. Start it in a process
+# group of its own, so that Ctrl-C reaches only the test.
 #
 # In DIRECTORY: docker.sock, port (of TCP with TLS), tls/{ca,cert,key}.pem,
-# dockerd.log. Runtimes: runc, crun, runsc (no network), runsc-net.
+# dockerd.log. Runtimes: runc, crun, runsc (no network), runsc-net, and
+# kata-fake, gvisor-fake, crun-fake, which are not what their names say.
 set -u
 
 dir=${1:?usage: dockerd.sh DIRECTORY}
@@ -27,8 +29,6 @@ export DOCKER_HOST=unix://$socket
 export DOCKER_CONFIG=$dir/client
 unset DOCKER_CONTEXT DOCKER_TLS_VERIFY DOCKER_CERT_PATH
 
-# Signals are for the test; this script ends when its input does.
-trap '' INT TERM HUP
 trap clean_up EXIT
 
 need() {
@@ -88,7 +88,10 @@ SCRIPT
   "runtimes": {
     "crun": {"path": "$dir/crun"},
     "runsc": {"path": "$(command -v runsc)", "runtimeArgs": ["--platform=ptrace", "--network=none"]},
-    "runsc-net": {"path": "$(command -v runsc)", "runtimeArgs": ["--platform=ptrace", "--network=host"]}
+    "runsc-net": {"path": "$(command -v runsc)", "runtimeArgs": ["--platform=ptrace", "--network=host"]},
+    "kata-fake": {"path": "$(command -v runc)"},
+    "gvisor-fake": {"path": "$(command -v runc)"},
+    "crun-fake": {"path": "$(command -v runsc)", "runtimeArgs": ["--platform=ptrace", "--network=none"]}
   }
 }
 JSON
@@ -136,8 +139,11 @@ clean_up() {
     fi
     local containerd
     containerd=$(cat "$dir/exec/containerd/containerd.pid" 2>/dev/null)
-    [ -z "$daemon" ] || { kill -TERM "$daemon" && timeout 20 tail --pid="$daemon" -f /dev/null; }
-    [ -z "$daemon" ] || kill -KILL "$daemon" 2>/dev/null
+    if [ -n "$daemon" ]; then
+        kill -TERM "$daemon"
+        timeout 20 tail --pid="$daemon" -f /dev/null || kill -KILL "$daemon"
+        wait "$daemon" 2>/dev/null
+    fi
     [ -z "$containerd" ] || kill -KILL "$containerd" 2>/dev/null
     ip link delete "$bridge" 2>/dev/null
     grep -o " $dir/[^ ]*" /proc/self/mounts | sort -r | xargs --no-run-if-empty umount -l 2>/dev/null

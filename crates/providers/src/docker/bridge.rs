@@ -20,8 +20,13 @@ use super::place;
 /// Read at once; the daemon writes frames of up to 32 KiB.
 const READ_BYTES: usize = 64 << 10;
 
-/// Opens one stream.
-pub(super) async fn open(daemon: &Daemon, container: &str) -> io::Result<Box<dyn AgentIo>> {
+/// Opens one stream, which ends with the container: a daemon may forget to end
+/// those of an `exec` whose runtime died.
+pub(super) async fn open(
+    daemon: &Daemon,
+    container: &str,
+    ended: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<Box<dyn AgentIo>> {
     let exec = ExecConfig {
         cmd: Some(vec![place::PROGRAM.to_owned(), "connect".to_owned(), SOCKET.to_owned()]),
         user: Some("0:0".to_owned()),
@@ -37,7 +42,8 @@ pub(super) async fn open(daemon: &Daemon, container: &str) -> io::Result<Box<dyn
     let options = StartExecOptions { detach: false, tty: false, output_capacity: Some(READ_BYTES) };
     match daemon.client.start_exec(&exec.id, Some(options)).await.map_err(as_io)? {
         StartExecResults::Attached { output, input } => {
-            Ok(Box::new(tokio::io::join(StreamReader::new(standard_output(output)), input)))
+            let output = standard_output(output).take_until(Box::pin(ended));
+            Ok(Box::new(tokio::io::join(StreamReader::new(output), input)))
         }
         StartExecResults::Detached => Err(io::ErrorKind::Unsupported.into()),
     }

@@ -7,26 +7,27 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use stacyvm_sandbox::{AgentChannel, AgentIo};
 
-use super::bridge;
-use super::daemon::Daemon;
 use super::direct::Direct;
+use super::server::Server;
+use super::{bridge, endings};
 
 pub(super) struct DockerChannel {
-    daemon: Arc<Daemon>,
+    server: Arc<Server>,
     container: String,
     direct: Option<Direct>,
 }
 
 impl DockerChannel {
     /// `pid` is what the daemon says of the container's first process.
-    pub(super) async fn new(daemon: Arc<Daemon>, container: String, pid: i64) -> Self {
-        let direct = if daemon.endpoint.is_local() { reachable(pid, &container).await } else { None };
-        Self { daemon, container, direct }
+    pub(super) async fn new(server: Arc<Server>, container: String, pid: i64) -> Self {
+        let direct = if server.daemon.endpoint.is_local() { reachable(pid, &container).await } else { None };
+        Self { server, container, direct }
     }
 
-    #[cfg(test)]
-    pub(super) fn is_direct(&self) -> bool {
-        self.direct.is_some()
+    async fn bridge(&self) -> io::Result<Box<dyn AgentIo>> {
+        let (server, container) = (Arc::clone(&self.server), self.container.clone());
+        let ended = async move { endings::wait(&server, &container).await };
+        bridge::open(&self.server.daemon, &self.container, ended).await
     }
 }
 
@@ -46,13 +47,13 @@ async fn reachable(pid: i64, container: &str) -> Option<Direct> {
 #[async_trait]
 impl AgentChannel for DockerChannel {
     async fn open(&self) -> io::Result<Box<dyn AgentIo>> {
-        let Some(direct) = &self.direct else { return bridge::open(&self.daemon, &self.container).await };
+        let Some(direct) = &self.direct else { return self.bridge().await };
         match direct.open().await {
             Ok(stream) => Ok(Box::new(stream)),
             Err(_) if direct.has_ended()? => Err(io::ErrorKind::NotFound.into()),
             // A guest may have removed the socket's file; then the bridge, which
             // comes by the same path, says whether anything is left.
-            Err(_) => bridge::open(&self.daemon, &self.container).await,
+            Err(_) => self.bridge().await,
         }
     }
 }

@@ -16,6 +16,7 @@ use super::image::ImageFacts;
 use super::label;
 use super::options::{DockerOptions, Network, Seccomp};
 use super::place::{self, Place};
+use super::runtime::Promise;
 
 /// The agent's socket, in a directory in memory that only root can enter.
 const SOCKET_DIR: &str = "/.stacyvm/run";
@@ -32,6 +33,11 @@ const AGENT_USER: &str = "0:0";
 
 const CPU_NANOS: f64 = 1e9;
 
+/// gVisor's kernel is threads of the host, and so is every thread of the guest,
+/// up to twice; without room it dies, and the sandbox with it.
+const GVISOR_THREADS: u64 = 256;
+const GVISOR_THREADS_PER_PROCESS: u64 = 2;
+
 /// One sandbox to make, everything decided.
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
@@ -42,6 +48,8 @@ pub(super) struct Plan {
     pub(super) report: LimitReport,
     /// Have the storage driver bound the disk.
     pub(super) bound_disk: bool,
+    /// What the configured runtime stands for.
+    pub(super) promise: Promise,
 }
 
 impl Plan {
@@ -59,9 +67,10 @@ impl Plan {
             return Err(ProviderError::InvalidSpec { message: message.into() });
         }
         let bound_disk = spec.disk.size_mib.is_some() && facts.may_bound_disks();
-        let report = report(facts, bound_disk);
+        let promise = facts.promise_of(&options.runtime);
+        let report = report(facts, promise, bound_disk);
         refuse_unenforced(spec, &report)?;
-        Ok(Self { id: id.clone(), spec: spec.clone(), image, network, report, bound_disk })
+        Ok(Self { id: id.clone(), spec: spec.clone(), image, network, report, bound_disk, promise })
     }
 
     /// As after an attempt that showed that the storage driver cannot.
@@ -133,7 +142,7 @@ impl Plan {
             // The sum of both: no swap.
             memory_swap: Some(memory_bytes),
             nano_cpus: Some((self.spec.vcpus * CPU_NANOS) as i64),
-            pids_limit: Some(i64::try_from(self.spec.pids_limit).unwrap_or(i64::MAX)),
+            pids_limit: Some(i64::try_from(self.host_threads()).unwrap_or(i64::MAX)),
             storage_opt: size.map(|mib| HashMap::from([("size".to_owned(), format!("{mib}M"))])),
             cap_drop: Some(vec!["ALL".to_owned()]),
             cap_add: Some(options.capabilities.of_container(self.shares_host_network())),
@@ -152,6 +161,16 @@ impl Plan {
             // Commands' output is the agent's; nothing else is ever written.
             log_config: Some(HostConfigLogConfig { typ: Some("none".to_owned()), ..HostConfigLogConfig::default() }),
             ..HostConfig::default()
+        }
+    }
+}
+
+impl Plan {
+    /// What the host's kernel counts against the limit on processes.
+    fn host_threads(&self) -> u64 {
+        match self.promise {
+            Promise::Gvisor => self.spec.pids_limit.saturating_mul(GVISOR_THREADS_PER_PROCESS) + GVISOR_THREADS,
+            Promise::HostKernel | Promise::OwnKernel | Promise::Nothing => self.spec.pids_limit,
         }
     }
 }
@@ -213,12 +232,13 @@ fn network_of(spec: &SandboxSpec, options: &DockerOptions) -> Result<Network, Pr
     }
 }
 
-fn report(facts: &Facts, bound_disk: bool) -> LimitReport {
+fn report(facts: &Facts, promise: Promise, bound_disk: bool) -> LimitReport {
     let limits = [
         (Limit::Memory, facts.memory_limit),
         (Limit::Swap, facts.swap_limit),
         (Limit::Cpu, facts.cpu_limit),
-        (Limit::Pids, facts.pids_limit),
+        // gVisor is bounded as a whole, but counts no processes inside.
+        (Limit::Pids, facts.pids_limit && promise != Promise::Gvisor),
         (Limit::Disk, bound_disk),
     ];
     let of = |wanted: bool| limits.iter().filter(|(_, held)| *held == wanted).map(|(limit, _)| *limit).collect();

@@ -161,7 +161,7 @@ impl Provider for DockerProvider {
 
     async fn connect(&self, id: &SandboxId) -> Result<Connection, ProviderError> {
         let found = self.running(id, "connect").await?;
-        let channel = DockerChannel::new(Arc::clone(&self.server.daemon), found.container, found.pid).await;
+        let channel = DockerChannel::new(Arc::clone(&self.server), found.container, found.pid).await;
         Ok(Connection::Envd(Arc::new(channel)))
     }
 

@@ -13,8 +13,28 @@ async fn runc_passes_the_contract() {
     passes("runc").await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_oci_runtime_passes_the_contract() {
+    passes("crun").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gvisor_passes_the_contract() {
+    passes("runsc").await;
+}
+
+/// Nothing of this host is shared with it: the agent goes in as an archive, and
+/// every byte through the daemon.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_elsewhere_passes_the_contract() {
+    passes_on("runc", DockerFixture::elsewhere()).await;
+}
+
 async fn passes(runtime: &str) {
-    let fixture = DockerFixture::with(|options| runtime.clone_into(&mut options.runtime));
+    passes_on(runtime, DockerFixture::with(|options| runtime.clone_into(&mut options.runtime))).await;
+}
+
+async fn passes_on(runtime: &str, fixture: DockerFixture) {
     let target = Arc::new(ProviderTarget::new(fixture.provider.clone()));
     let options = RunOptions { image: IMAGE.to_owned(), ..RunOptions::default() };
     let report = run(target, &options, &()).await.expect("everything is selected");

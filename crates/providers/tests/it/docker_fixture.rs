@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use stacyvm_api::SandboxId;
-use stacyvm_providers::docker::{DockerOptions, DockerProvider, Endpoint};
+use stacyvm_providers::docker::{ClientIdentity, DockerOptions, DockerProvider, Endpoint, TlsFiles};
 use stacyvm_sandbox::{EnvdSession, Provider as _, SandboxSpec};
 
 use crate::dockerd::{Dockerd, IMAGE};
@@ -29,6 +29,16 @@ impl DockerFixture {
         change(&mut options);
         let provider = Arc::new(open(&options));
         Self { daemon, provider, options, _data: data }
+    }
+
+    /// On the same daemon, reached over TCP with TLS.
+    pub(crate) fn elsewhere() -> Self {
+        let daemon = Dockerd::shared();
+        let file = |name: &str| daemon.directory().join("tls").join(name);
+        let identity = ClientIdentity { certificate: file("cert.pem"), key: file("key.pem") };
+        let tls = TlsFiles { ca: file("ca.pem"), identity: Some(identity) };
+        let endpoint = Endpoint::Tcp { host: "127.0.0.1".into(), port: daemon.port(), tls: Some(tls) };
+        Self::with(|options| options.endpoint = endpoint)
     }
 
     /// As after a crash of the server: another provider takes up the same

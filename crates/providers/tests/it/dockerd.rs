@@ -2,6 +2,7 @@
 //! a program, or one for a test that kills it.
 
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, OnceLock};
@@ -32,6 +33,7 @@ impl Dockerd {
             .arg(&directory)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .process_group(0)
             .spawn()
             .expect("the script starts");
         let (stdin, stdout) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
@@ -89,6 +91,15 @@ impl Dockerd {
             .stdin(Stdio::null())
             .output()
             .expect("docker's client is there")
+    }
+
+    /// An image of a file system in an archive, with a configuration as in a
+    /// Dockerfile.
+    pub(crate) fn import(&self, archive: &Path, name: &str, changes: &[&str]) {
+        let changes = changes.iter().flat_map(|change| ["--change", change]);
+        let arguments: Vec<&str> =
+            ["import"].into_iter().chain(changes).chain([archive.to_str().expect("text"), name]).collect();
+        self.docker(&arguments);
     }
 
     /// The image that everybody asks for, made from busybox.

@@ -3,7 +3,10 @@
 
 mod docker_conformance;
 mod docker_fixture;
+mod docker_images;
 mod docker_lifecycle;
+mod docker_runtimes;
+mod docker_security;
 mod dockerd;
 mod fixture;
 mod inside;
