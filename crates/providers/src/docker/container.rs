@@ -69,7 +69,7 @@ impl Plan {
         let bound_disk = spec.disk.size_mib.is_some() && facts.may_bound_disks();
         let promise = facts.promise_of(&options.runtime);
         let report = report(facts, promise, bound_disk);
-        refuse_unenforced(spec, &report)?;
+        refuse_unenforced(spec, &report, promise)?;
         Ok(Self { id: id.clone(), spec: spec.clone(), image, network, report, bound_disk, promise })
     }
 
@@ -248,8 +248,13 @@ fn report(facts: &Facts, promise: Promise, bound_disk: bool) -> LimitReport {
 
 /// A limit that was asked for and cannot be held is refused, unless the caller
 /// said that it may be.
-fn refuse_unenforced(spec: &SandboxSpec, report: &LimitReport) -> Result<(), ProviderError> {
-    let asked = |limit: &Limit| *limit != Limit::Disk || spec.disk.size_mib.is_some();
+fn refuse_unenforced(spec: &SandboxSpec, report: &LimitReport, promise: Promise) -> Result<(), ProviderError> {
+    let asked = |limit: &Limit| match limit {
+        Limit::Disk => spec.disk.size_mib.is_some(),
+        // The host is safe all the same: gVisor is bounded as a whole.
+        Limit::Pids => promise != Promise::Gvisor,
+        Limit::Memory | Limit::Swap | Limit::Cpu => true,
+    };
     let missing: Vec<String> = report
         .unenforced
         .iter()

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use stacyvm_conformance::{Format, ProviderTarget, RunOptions, run};
+use stacyvm_conformance::{CheckReport, Format, Observer, ProviderTarget, RunOptions, run};
 
 use crate::docker_fixture::DockerFixture;
 use crate::dockerd::IMAGE;
@@ -30,16 +30,25 @@ async fn a_daemon_elsewhere_passes_the_contract() {
     passes_on("runc", DockerFixture::elsewhere()).await;
 }
 
-async fn passes(runtime: &str) {
+async fn passes(runtime: &'static str) {
     passes_on(runtime, DockerFixture::with(|options| runtime.clone_into(&mut options.runtime))).await;
 }
 
-async fn passes_on(runtime: &str, fixture: DockerFixture) {
+async fn passes_on(runtime: &'static str, fixture: DockerFixture) {
     let target = Arc::new(ProviderTarget::new(fixture.provider.clone()));
     let options = RunOptions { image: IMAGE.to_owned(), ..RunOptions::default() };
-    let report = run(target, &options, &()).await.expect("everything is selected");
+    let report = run(target, &options, &Progress(runtime)).await.expect("everything is selected");
     assert!(report.is_success(), "{runtime}: {}", report.render(Format::Text));
     // This runtime lacks nothing, so a skip would hide a regression.
     assert_eq!(report.skipped_ids(), Vec::<&str>::new(), "{}", report.render(Format::Text));
     fixture.finish().await;
+}
+
+/// Shows with `--nocapture` how far a runtime has come.
+struct Progress(&'static str);
+
+impl Observer for Progress {
+    fn finished(&self, _index: usize, _total: usize, result: &CheckReport) {
+        eprintln!("{}: {} ({} ms)", self.0, result.text_line(), result.duration_ms);
+    }
 }

@@ -54,11 +54,11 @@ async fn entrypoint_user_directory_volume_and_health_check_of_an_image_are_no_ob
 async fn an_image_without_a_shell_works() {
     let fixture = DockerFixture::start();
     let directory = tempfile::tempdir().expect("a directory");
-    let script = "work=$(mktemp -d); cp /bin/busybox \"$work/tool\"; tar --create --file \"$1\" -C \"$work\" tool; rm -r \"$work\"";
+    let script = "work=$(mktemp -d); cp /bin/busybox \"$work/busybox\"; tar --create --file \"$1\" -C \"$work\" busybox; rm -r \"$work\"";
     fixture.daemon.import(&made(directory.path(), script), "bare:1", &[]);
     let id = fixture.create(&SandboxSpec { image: "bare:1".into(), ..spec() }).await;
     let session = fixture.session(&id).await;
-    let ran = run(&session, argv(&["/tool", "echo", "no shell"])).await;
+    let ran = run(&session, argv(&["/busybox", "echo", "no shell"])).await;
     assert_eq!((ran.exit.code, ran.stdout.as_str()), (Some(0), "no shell\n"));
     let shell = session.start(StartRequest { argv: vec!["sh".into()], ..StartRequest::default() }).await;
     assert!(matches!(shell.err(), Some(stacyvm_sandbox::SessionError::CommandNotFound(_))));

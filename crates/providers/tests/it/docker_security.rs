@@ -134,7 +134,7 @@ async fn on_the_hosts_network_only_own_ports_can_be_dialed() {
         free.local_addr().expect("bound").port()
     };
     let session = fixture.session(&id).await;
-    let serve = format!("while :; do echo own | nc -l -p {own_port} -s 127.0.0.1; done");
+    let serve = format!("while :; do echo own | nc -l -p {own_port}; done");
     let request = StartRequest { user: Some("user".into()), ..shell(&serve) };
     let _running = session.start(request).await.expect("started");
     crate::fixture::eventually("the guest listens", async || session.ports().await.expect("ports") == [own_port]).await;
