@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use crate::linger::Lingering;
+use crate::peer::Peer;
 use crate::{App, ServerError, ServerOptions};
 
 /// Open connections at most; more wait in the kernel's queue.
@@ -53,18 +54,23 @@ impl Server {
     pub async fn bind(options: ServerOptions, engine: Engine) -> Result<Self, ServerError> {
         let targets = resolve(&options.host, options.port).await?;
         let beyond_loopback = targets.iter().find(|address| !address.ip().to_canonical().is_loopback());
-        let has_key = options.api_key.is_some() || options.admin_api_key.is_some();
-        if let (Some(address), false) = (beyond_loopback, has_key) {
-            return Err(ServerError::OpenBeyondLoopback { host: options.host, address: address.ip() });
-        }
         let app = App::new(options, engine, beyond_loopback.is_some())?;
-        if app.guard.allows_any_origin() && !has_key {
+        app.auth.check()?;
+        if let (Some(address), true) = (beyond_loopback, app.auth.is_open()) {
+            return Err(ServerError::OpenBeyondLoopback { host: app.options.host.clone(), address: address.ip() });
+        }
+        if app.guard.allows_any_origin() && app.auth.is_open() {
             return Err(ServerError::OpenToEveryOrigin);
         }
         let listeners = listen(&targets).await?;
         let addresses = listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect();
         let router = crate::routes::router(&app);
         Ok(Self { app, router, listeners, addresses })
+    }
+
+    /// Whether callers need a key.
+    pub fn demands_key(&self) -> bool {
+        !self.app.auth.is_open()
     }
 
     /// Where it listens: more than one for a name such as `localhost`.
@@ -133,13 +139,14 @@ impl Acceptor {
                 next = accepted => next,
             };
             match next {
-                Some((slot, Ok((stream, _peer)))) => {
+                Some((slot, Ok((stream, peer)))) => {
                     // Small answers must not wait for an acknowledgement of the
                     // one before.
                     stream.set_nodelay(true).ok();
                     let stream = Lingering::new(stream, self.connections.clone(), self.cut.clone());
                     self.connections.spawn(serve_connection(
                         stream,
+                        Peer(peer.ip()),
                         slot,
                         self.router.clone(),
                         self.closing.clone(),
@@ -158,12 +165,14 @@ impl Acceptor {
 
 async fn serve_connection(
     stream: Lingering,
+    peer: Peer,
     _slot: OwnedSemaphorePermit,
     router: Router,
     closing: CancellationToken,
     cut: CancellationToken,
 ) {
-    let service = service_fn(move |request: Request<Incoming>| {
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
         let mut router = router.clone();
         async move { Ok::<_, Infallible>(Service::call(&mut router, request).await.unwrap_or_else(|never| match never {})) }
     });

@@ -5,9 +5,11 @@
 //! same methods. Everything is written by one connection, in batches
 //! ([`writer`]), and read by others, which WAL lets run beside it.
 
+mod audit;
 mod catalog;
 mod events;
 mod execs;
+mod keys;
 mod retention;
 mod rows;
 mod sandboxes;
@@ -23,7 +25,9 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 
+pub(crate) use audit::{AuditFilter, AuditRow};
 pub(crate) use events::{StoredEvent, event_id};
+pub(crate) use keys::{KEYS_MADE, KeyHash, KeyRow};
 pub(crate) use retention::EVENTS_USED_TO;
 pub(crate) use rows::{ExecRow, Idempotency, OperationRow, SandboxRow};
 pub(crate) use writer::Writer;

@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use sqlx::Connection as _;
 use sqlx::sqlite::SqliteConnection;
-use stacyvm_api::{ExecId, SandboxId};
+use stacyvm_api::{ExecId, KeyId, SandboxId, Timestamp};
 use tokio::sync::{Notify, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::audit::{self, AuditRow};
 use super::events::{self, StoredEvent};
 use super::rows::{ExecRow, OperationRow, SandboxRow};
-use super::{Doing as _, StoreError, execs, sandboxes};
+use super::{Doing as _, StoreError, execs, keys, sandboxes};
 
 /// How long a batch that nobody waits for is gathered.
 const GATHER: Duration = Duration::from_millis(10);
@@ -48,7 +49,22 @@ struct Pending {
     execs: BTreeMap<ExecId, ExecRow>,
     operations: VecDeque<OperationRow>,
     events: VecDeque<Arc<StoredEvent>>,
+    calls: VecDeque<AuditRow>,
+    /// When keys were last used.
+    key_uses: BTreeMap<KeyId, Timestamp>,
     waiting: Vec<oneshot::Sender<Result<(), StoreError>>>,
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        let Self { sandboxes, execs, operations, events, calls, key_uses, waiting: _ } = self;
+        sandboxes.is_empty()
+            && execs.is_empty()
+            && operations.is_empty()
+            && events.is_empty()
+            && calls.is_empty()
+            && key_uses.is_empty()
+    }
 }
 
 impl Writer {
@@ -87,6 +103,16 @@ impl Writer {
 
     pub(crate) fn log_event(&self, event: Arc<StoredEvent>) {
         self.push(event, |pending| &mut pending.events);
+    }
+
+    pub(crate) fn log_call(&self, call: AuditRow) {
+        self.push(call, |pending| &mut pending.calls);
+    }
+
+    /// Bounded by the number of keys.
+    pub(crate) fn save_key_use(&self, id: KeyId, at: Timestamp) {
+        self.pending().key_uses.insert(id, at);
+        self.some.notify_one();
     }
 
     /// Waits until everything left so far is in the file.
@@ -197,6 +223,11 @@ impl Writer {
         pending.operations = batch.operations.into_iter().chain(operations).take(LOG_PENDING_MAX).collect();
         let events = std::mem::take(&mut pending.events);
         pending.events = batch.events.into_iter().chain(events).take(LOG_PENDING_MAX).collect();
+        let calls = std::mem::take(&mut pending.calls);
+        pending.calls = batch.calls.into_iter().chain(calls).take(LOG_PENDING_MAX).collect();
+        for (id, at) in batch.key_uses {
+            pending.key_uses.entry(id).or_insert(at);
+        }
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -205,8 +236,7 @@ impl Writer {
 }
 
 async fn write(connection: &mut SqliteConnection, batch: &Pending) -> Result<(), sqlx::Error> {
-    let nothing = batch.sandboxes.is_empty() && batch.execs.is_empty() && batch.operations.is_empty();
-    if nothing && batch.events.is_empty() {
+    if batch.is_empty() {
         return Ok(());
     }
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
@@ -221,6 +251,12 @@ async fn write(connection: &mut SqliteConnection, batch: &Pending) -> Result<(),
     }
     for event in &batch.events {
         events::insert(&mut transaction, event).await?;
+    }
+    for call in &batch.calls {
+        audit::insert(&mut transaction, call).await?;
+    }
+    for (id, at) in &batch.key_uses {
+        keys::save_use(&mut transaction, id, *at).await?;
     }
     transaction.commit().await
 }

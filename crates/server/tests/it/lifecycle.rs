@@ -24,11 +24,50 @@ async fn request_ids_are_echoed_or_made() {
 }
 
 #[tokio::test]
-async fn answers_are_compact_and_never_cached_or_sniffed() {
+async fn streams_sockets_preflights_and_refusals_have_request_ids_too() {
+    let options = ServerOptions { cors_origins: vec!["https://app.example".to_owned()], ..ServerOptions::default() };
+    let fixture = Fixture::with_options(options).await;
+    let id = fixture.sandbox().await;
+    let socket = fixture
+        .api("GET", &format!("/sandboxes/{id}/exec/ws"))
+        .header("Connection", "Upgrade")
+        .header("Upgrade", "websocket")
+        .header("Sec-WebSocket-Version", "13")
+        .header("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==");
+    let exec = json!({ "command": "true", "stream": true });
+    let preflight = fixture.api("OPTIONS", "/sandboxes").header("Origin", "https://app.example");
+    for (request, status) in [
+        (fixture.api("GET", "/events"), 200),
+        (fixture.api("POST", &format!("/sandboxes/{id}/exec")).json(&exec), 200),
+        (socket, 101),
+        (preflight.header("Access-Control-Request-Method", "POST"), 200),
+        (fixture.api("GET", "/sandboxes").header("Host", "evil.example"), 403),
+        (fixture.api("GET", "/sandboxes").header("Origin", "https://evil.example"), 403),
+        (fixture.api("POST", "/sandboxes").body("x"), 415),
+        (fixture.request("GET", "/swagger/"), 200),
+    ] {
+        let live = request.header("X-Request-ID", "my-id").open().await;
+        assert_eq!((live.status, live.header("x-request-id")), (status, Some("my-id")));
+    }
+}
+
+#[tokio::test]
+async fn answers_cannot_be_sniffed_framed_kept_or_run() {
     let fixture = Fixture::open().await;
+    let id = fixture.sandbox().await;
+    let path = format!("/sandboxes/{id}/files?path=page.html");
+    let upload = fixture.api("PUT", &path).header("X-StacyVM-Upload", "1").body("<script>alert(1)</script>");
+    upload.send().await.expect(200);
+    for path in [path.as_str(), "/pool/status", "/nothing", "/metrics/prometheus", "/admin/audit?format=csv"] {
+        let answer = fixture.get(path).await;
+        let policy = answer.header("content-security-policy").unwrap();
+        assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"), "{path}: {policy}");
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{path}");
+        assert_eq!(answer.header("x-frame-options"), Some("DENY"), "{path}");
+        assert_eq!(answer.header("referrer-policy"), Some("no-referrer"), "{path}");
+        assert_eq!(answer.header("cache-control"), Some("no-store"), "{path}");
+    }
     let answer = fixture.get("/pool/status").await;
-    assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
-    assert_eq!(answer.header("cache-control"), Some("no-store"));
     assert_eq!(answer.header("content-type"), Some("application/json"));
 }
 

@@ -1,5 +1,6 @@
 //! The server over real sockets, with the engine on the mock runtime.
 
+mod audit;
 mod auth;
 mod bad_input;
 mod commands;
@@ -7,8 +8,10 @@ mod docs;
 mod events;
 mod files;
 mod guards;
+mod keys;
 mod lifecycle;
 mod openapi;
+mod rate_limits;
 mod sandboxes;
 mod sockets;
 mod streams;
