@@ -1,5 +1,6 @@
 //! The command line: what can be asked for, one file per subcommand.
 
+mod audit;
 mod completion;
 mod conformance;
 mod cp;
@@ -10,6 +11,7 @@ mod extend;
 mod health;
 mod image;
 mod inspect;
+mod key;
 mod kill;
 mod list;
 mod logs;
@@ -93,6 +95,8 @@ enum Command {
     Events(events::EventsArgs),
     Ports(ports::PortsArgs),
     Template(template::TemplateArgs),
+    Key(key::KeyArgs),
+    Audit(audit::AuditArgs),
     Image(image::ImageArgs),
     Providers(providers::ProvidersArgs),
     Conformance(conformance::ConformanceArgs),
@@ -150,6 +154,8 @@ impl Cli {
             Command::Events(args) => events::run(&context, args).await,
             Command::Ports(args) => ports::run(&context, args).await,
             Command::Template(args) => template::run(&context, args).await,
+            Command::Key(args) => key::run(&context, args).await,
+            Command::Audit(args) => audit::run(&context, args).await,
             Command::Providers(args) => providers::run(&context, args).await,
             Command::Version(args) => version::run(&context, &args).await,
             Command::Completion(args) => completion::run(&args),
