@@ -8,6 +8,7 @@
 //!
 //! The routes that need no key pass without any of it.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -146,6 +147,17 @@ pub(crate) fn admit(app: &App, scope: Scope, request: &Request) -> Result<Pass, 
     })
 }
 
+/// A key that somebody took for an id must not reach handlers, which name ids in
+/// errors, logs and metrics.
+pub(crate) fn check_path(app: &App, request: &Request) -> Result<(), ApiError> {
+    match app.auth.without_keys(request.uri().path()) {
+        Cow::Borrowed(_) => Ok(()),
+        Cow::Owned(_) => {
+            Err(ApiError::bad_request("the path holds an API key").hint("keys go into the header X-API-Key"))
+        }
+    }
+}
+
 impl Pass {
     /// Begins the record of this call, if there is to be one.
     pub(crate) fn record(&self, app: &App, scope: Scope, request: &Request) -> Option<Call> {
@@ -156,10 +168,12 @@ impl Pass {
 
     /// Runs the handler. When the key is revoked or expires meanwhile, the
     /// handler is dropped, or the body that it is still sending breaks off.
-    pub(crate) async fn run(&self, mut request: Request, next: Next) -> Response {
+    pub(crate) async fn run(&self, scope: Scope, mut request: Request, next: Next) -> Response {
         request.extensions_mut().insert(self.caller.clone());
         request.extensions_mut().insert(self.identity.clone());
-        let Some(key) = self.identity.stored() else { return next.run(request).await };
+        // Administration is brief, and may be what revokes the key.
+        let lasting = self.identity.stored().filter(|_| scope != Scope::Admin);
+        let Some(key) = lasting else { return next.run(request).await };
         let response = tokio::select! {
             biased;
             response = next.run(request) => response,

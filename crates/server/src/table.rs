@@ -137,10 +137,10 @@ async fn enforce(State((app, rule)): State<(App, Rule)>, mut request: Request, n
         Err(refused) => return refused,
     };
     let call = pass.record(&app, rule.scope, &request);
-    let mut response = match check_body(rule.body, &request) {
+    let mut response = match gate::check_path(&app, &request).and_then(|()| check_body(rule.body, &request)) {
         Ok(()) => {
             request.extensions_mut().insert(rule);
-            pass.run(request, next).await
+            pass.run(rule.scope, request, next).await
         }
         Err(failure) => failure.into_response(),
     };
