@@ -89,6 +89,8 @@ pub struct RateLimitOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RateLimitKey {
     /// Those for one owner, else those with one key, else those of one address.
+    /// An owner is the one a key is bound to, or the one whom a configured key or
+    /// one with `admin:*` names.
     Owner,
     /// Those with one key, else those of one address.
     ApiKey,

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
-use stacyvm_api::{ErrorCode, KeyId, OwnerId};
+use stacyvm_api::{ErrorCode, KeyId, KeyScope, OwnerId};
 
 use crate::auth::{ConfiguredKey, Identity};
 use crate::error::ApiError;
@@ -161,7 +161,7 @@ pub(crate) struct RateLimiter {
 enum Payer {
     /// The owner that a key is bound to.
     Owner(OwnerId),
-    /// An owner whom a caller named that may name any.
+    /// An owner whom a caller named that is trusted to.
     Named(Box<Self>, OwnerId),
     Key(KeyId),
     Configured(ConfiguredKey),
@@ -238,9 +238,21 @@ impl RateLimiter {
         match (self.options.key_by, identity.owner(), named) {
             (RateLimitKey::Address, _, _) => address,
             (RateLimitKey::Owner, Some(bound), _) => Payer::Owner(bound.clone()),
-            (RateLimitKey::Owner, None, Some(named)) => Payer::Named(Box::new(caller), named.clone()),
-            (RateLimitKey::Owner, None, None) | (RateLimitKey::ApiKey, _, _) => caller,
+            (RateLimitKey::Owner, None, Some(named)) if is_trusted_to_name(identity) => {
+                Payer::Named(Box::new(caller), named.clone())
+            }
+            (RateLimitKey::Owner, None, _) | (RateLimitKey::ApiKey, _, _) => caller,
         }
+    }
+}
+
+/// Who acts for many owners. Everybody else could escape the limit by naming a
+/// new one each time.
+fn is_trusted_to_name(identity: &Identity) -> bool {
+    match identity {
+        Identity::Anonymous(_) => false,
+        Identity::Configured(_) => true,
+        Identity::Stored(key) => key.grants(KeyScope::Admin),
     }
 }
 

@@ -31,8 +31,8 @@ pub(crate) struct AuditArgs {
     /// Only those with this status
     #[arg(long)]
     status: Option<u32>,
-    /// Print a table for spreadsheets
-    #[arg(long, conflicts_with = "json")]
+    /// Print a table for spreadsheets instead
+    #[arg(long)]
     csv: bool,
 }
 

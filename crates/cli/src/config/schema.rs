@@ -143,8 +143,9 @@ config! {
         requests_per_minute: u32 = "120",
         /// Requests at once after a pause; 0 takes `rate_limit.requests_per_minute`.
         burst: u32 = "60",
-        /// Whose requests count together: those for one `owner`, those with one `api_key`, those of one `ip`. An owner is
-        /// the one a key is bound to; without one it is whom the caller names, who can name many.
+        /// Whose requests count together: those for one `owner`, those with one `api_key`, those of one `ip`. The owner is
+        /// the one a key is bound to, or whom a key set here or one with the scope `admin:*` names in `X-User-ID`;
+        /// without one, the key counts.
         key_by: Option<RateLimitBy> = "owner",
         /// How long a caller that does not call is remembered.
         bucket_ttl: Duration = "15m",

@@ -106,6 +106,13 @@ async fn by_owner_a_bound_key_spends_its_owners_and_nobody_else_does() {
     assert_eq!(ask(&fixture, &[("X-API-Key", &two)]).await.status, 429, "both are alice");
     assert!(spend(&fixture, &[("X-API-Key", "user-key"), ("X-User-ID", "bob")]).await, "named owners are apart");
     assert!(spend(&fixture, &[("X-API-Key", "user-key")]).await, "without a name the key counts");
+    let plain = fixture.stored_key("plain", &["read"]).await;
+    assert!(spend(&fixture, &[("X-API-Key", &plain), ("X-User-ID", "carol")]).await);
+    let renamed = ask(&fixture, &[("X-API-Key", &plain), ("X-User-ID", "dave")]).await;
+    assert_eq!(renamed.status, 429, "naming others is no way out");
+    let gateway = fixture.stored_key("gateway", &["read", "admin"]).await;
+    assert!(spend(&fixture, &[("X-API-Key", &gateway), ("X-User-ID", "carol")]).await);
+    assert!(spend(&fixture, &[("X-API-Key", &gateway), ("X-User-ID", "dave")]).await, "it acts for many");
 }
 
 #[tokio::test]
