@@ -1,14 +1,17 @@
 //! The command line: what can be asked for, one file per subcommand.
 
 mod completion;
+mod config;
 mod conformance;
 mod cp;
 mod create;
+mod doctor;
 mod events;
 mod exec;
 mod extend;
 mod health;
 mod image;
+mod init;
 mod inspect;
 mod kill;
 mod list;
@@ -18,6 +21,7 @@ mod providers;
 mod ps;
 mod run;
 mod serve;
+mod settings;
 mod shell;
 mod spawn;
 mod stats;
@@ -96,6 +100,9 @@ enum Command {
     Image(image::ImageArgs),
     Providers(providers::ProvidersArgs),
     Conformance(conformance::ConformanceArgs),
+    Init(init::InitArgs),
+    Doctor(doctor::DoctorArgs),
+    Config(config::ConfigArgs),
     Health(health::HealthArgs),
     Version(version::VersionArgs),
     Completion(completion::CompletionArgs),
@@ -136,8 +143,11 @@ impl Cli {
             Command::Exec(args) => return exec::run(&context, args).await,
             Command::Shell(args) => return shell::run(&context, args).await,
             Command::Health(args) => return health::run(&context, &args).await,
+            Command::Doctor(args) => return doctor::run(&context, &args).await,
+            Command::Config(args) => return config::run(&context, &args),
             Command::Serve(args) => serve::run(&context, *args).await,
             Command::Image(args) => image::run(&context, args).await,
+            Command::Init(args) => init::run(&context, &args).await,
             Command::Spawn(args) => spawn::run(&context, *args).await,
             Command::Cp(args) => cp::run(&context, args).await,
             Command::List(args) => list::run(&context, args).await,

@@ -61,7 +61,8 @@ pub(super) fn engine(
     }
 }
 
-fn database(config: &Config, data_dir: &Path) -> PathBuf {
+/// The store's file.
+pub(crate) fn database(config: &Config, data_dir: &Path) -> PathBuf {
     match config.database.driver {
         DatabaseDriver::Sqlite => data_dir.join(&config.database.path),
     }

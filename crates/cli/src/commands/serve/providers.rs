@@ -15,8 +15,9 @@ use crate::failure::Advice;
 
 const AUTO: &str = "auto";
 
-/// Every provider this program can have.
-const KNOWN: [&str; 2] = ["oci", "mock"];
+/// Every provider this program can have, in the order in which `auto` prefers
+/// them.
+pub(crate) const KNOWN: [&str; 2] = ["oci", "mock"];
 
 /// The providers of a server.
 pub(super) struct Chosen {
@@ -78,7 +79,7 @@ pub(crate) async fn open_one(
 }
 
 /// In the order in which `auto` prefers them. The default is always enabled.
-fn enabled(config: &Config) -> Vec<&'static str> {
+pub(crate) fn enabled(config: &Config) -> Vec<&'static str> {
     let switched_on = |name: &str| match name {
         "oci" => config.oci.enabled,
         "mock" => config.mock.enabled,

@@ -19,6 +19,12 @@ pub(super) use group::{Reading, remove};
 
 use super::spawner::protocol::CgroupPlan;
 
+/// Controllers that the host offers nowhere, and why. Changes nothing.
+pub(super) fn not_offered() -> Vec<(&'static str, String)> {
+    let (_, missing) = detect::controllers();
+    missing.into_iter().map(|(controller, reason)| (controller.name(), reason)).collect()
+}
+
 /// What a sandbox may use; zero means that nothing was asked.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Limits {
