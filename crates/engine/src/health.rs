@@ -116,6 +116,8 @@ fn capabilities(provider: &dyn Provider) -> Vec<String> {
         ("survives_restart", offered.survives_restart),
         ("network", offered.network),
         ("pause", offered.pause),
+        // Programs are not run: tests leave out what needs real ones.
+        ("imitated", offered.imitated),
     ];
     let extra = optional.into_iter().filter(|(_, offered)| *offered).map(|(name, _)| name);
     let family = std::iter::once(offered.family).filter(|family| !family.is_empty());

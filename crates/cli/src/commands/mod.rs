@@ -5,6 +5,7 @@ mod config;
 mod conformance;
 mod cp;
 mod create;
+mod db;
 mod doctor;
 mod events;
 mod exec;
@@ -23,9 +24,12 @@ mod run;
 mod serve;
 mod settings;
 mod shell;
+mod smoke;
 mod spawn;
 mod stats;
+mod support;
 mod template;
+mod upgrade;
 mod version;
 
 #[cfg(test)]
@@ -40,6 +44,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::output::{Form, Output};
+pub(crate) use serve::KNOWN_PROVIDERS;
 
 /// Where `stacyvm serve` listens unless told otherwise.
 const DEFAULT_SERVER: &str = "http://127.0.0.1:7423";
@@ -99,10 +104,14 @@ enum Command {
     Template(template::TemplateArgs),
     Image(image::ImageArgs),
     Providers(providers::ProvidersArgs),
+    Smoke(smoke::SmokeArgs),
     Conformance(conformance::ConformanceArgs),
     Init(init::InitArgs),
     Doctor(doctor::DoctorArgs),
     Config(config::ConfigArgs),
+    Db(db::DbArgs),
+    Upgrade(upgrade::UpgradeArgs),
+    Support(support::SupportArgs),
     Health(health::HealthArgs),
     Version(version::VersionArgs),
     Completion(completion::CompletionArgs),
@@ -143,8 +152,11 @@ impl Cli {
             Command::Exec(args) => return exec::run(&context, args).await,
             Command::Shell(args) => return shell::run(&context, args).await,
             Command::Health(args) => return health::run(&context, &args).await,
+            Command::Smoke(args) => return smoke::run(&context, &args).await,
             Command::Doctor(args) => return doctor::run(&context, &args).await,
             Command::Config(args) => return config::run(&context, &args),
+            Command::Db(args) => return db::run(&context, &args).await,
+            Command::Upgrade(args) => return upgrade::run(&context, &args).await,
             Command::Serve(args) => serve::run(&context, *args).await,
             Command::Image(args) => image::run(&context, args).await,
             Command::Init(args) => init::run(&context, &args).await,
@@ -161,6 +173,7 @@ impl Cli {
             Command::Ports(args) => ports::run(&context, args).await,
             Command::Template(args) => template::run(&context, args).await,
             Command::Providers(args) => providers::run(&context, args).await,
+            Command::Support(args) => support::run(&context, &args).await,
             Command::Version(args) => version::run(&context, &args).await,
             Command::Completion(args) => completion::run(&args),
         };

@@ -23,6 +23,6 @@ pub(crate) use json_schema::json_schema;
 pub(crate) use lint::lint;
 pub(crate) use load::{Environment, Given, Loaded, load, load_with};
 pub(crate) use problem::ConfigError;
-pub(crate) use schema::{Config, DatabaseDriver, LogFormat, Logging, OverflowMode, default_of, meaning_of};
-pub(crate) use setting::Secret;
+pub(crate) use schema::{Config, DatabaseDriver, LogFormat, Logging, OverflowMode, default_of, meaning_of, shape_of};
+pub(crate) use setting::{Secret, Setting, Shape};
 pub(crate) use settings::{Content, Settings, Source, Value};

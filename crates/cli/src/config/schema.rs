@@ -249,6 +249,11 @@ pub(crate) fn find(key: &str) -> Option<&'static Entry> {
     entries().chain(RESERVED.iter().map(|reserved| &reserved.entry)).find(|entry| entry.key == key)
 }
 
+/// The kind of value a setting has.
+pub(crate) fn shape_of(key: &str) -> Option<Shape> {
+    find(key).map(|entry| entry.shape)
+}
+
 /// What a setting means, in one line.
 pub(crate) fn meaning_of(key: &str) -> String {
     find(key).map(Entry::meaning).unwrap_or_default()

@@ -8,6 +8,7 @@
 mod catalog;
 mod events;
 mod execs;
+mod file;
 mod retention;
 mod rows;
 mod sandboxes;
@@ -22,6 +23,8 @@ use sqlx::migrate::Migrator;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
+
+pub use file::{MigrationState, StoreFile, StoreMigration, StoreStatistics};
 
 pub(crate) use events::{StoredEvent, event_id};
 pub(crate) use retention::EVENTS_USED_TO;

@@ -23,8 +23,10 @@ use crate::output::{Output, Tone, bytes};
 use host::Host;
 use runtimes::{Found, Isolation, RUNTIMES, Standing, Wishes};
 
-/// Of the rules of `config lint`, those about who may do what (control-plane 3.4).
-const LINT_SHOWN: [&str; 4] = ["auth.api_key", "auth.admin_api_key", "auth.admin_fallback_enabled", "database.driver"];
+/// Of the rules of `config lint`, those that keep a server from starting or let
+/// anybody in (control-plane 3.4).
+const LINT_SHOWN: [&str; 5] =
+    ["auth.api_key", "auth.admin_api_key", "auth.admin_fallback_enabled", "database.driver", "providers.default"];
 
 /// Show what this host can run, what is missing, and how to get it
 ///

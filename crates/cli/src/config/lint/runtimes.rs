@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::Linter;
 use crate::check::Check;
+use crate::commands::KNOWN_PROVIDERS;
 
 /// Directories of the host whose content is nobody else's business.
 const PRIVATE: [&str; 8] = ["/etc", "/root", "/home", "/var", "/run", "/proc", "/sys", "/dev"];
@@ -42,9 +43,13 @@ impl Linter<'_> {
         match self.settings.text(KEY) {
             "mock" => self.risk(KEY, "is a fake that runs nothing", "set providers.default to auto"),
             "auto" => self.pass(KEY, "is chosen by what the host has"),
-            name => {
+            name if KNOWN_PROVIDERS.contains(&name) => {
                 let name = name.to_owned();
                 self.pass(KEY, format!("is {name}"));
+            }
+            name => {
+                let message = format!("this version has no provider {name}: the server will not start");
+                self.fail(KEY, message, format!("set it to auto, {}", KNOWN_PROVIDERS.join(" or ")));
             }
         }
     }

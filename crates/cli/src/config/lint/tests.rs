@@ -136,6 +136,7 @@ fn data_stays_where_it_is_put() {
 fn fakes_and_open_doors_are_not_for_production() {
     expect("providers.default", FINE, "");
     expect("providers.default", RISK, "providers: {default: mock}");
+    expect("providers.default", WRONG, "providers: {default: dokcer}");
     expect("providers.mock.enabled", RISK, "providers: {mock: {enabled: true}}");
     expect("providers.oci.host_include", FINE, "providers: {oci: {host_include: [/opt]}}");
     expect("providers.oci.host_include", RISK, "providers: {oci: {host_include: [/opt, /etc/ssl]}}");
