@@ -9,7 +9,7 @@ use serde_json::Value;
 use stacyvm_engine::{Engine, EngineOptions, ServerSecret};
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_server::{Secret, Server, ServerOptions};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -271,11 +271,11 @@ impl Answer {
 }
 
 /// An answer whose body is still coming.
-pub(crate) struct Live {
+pub(crate) struct Live<S = TcpStream> {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) trailers: Vec<(String, String)>,
-    reader: BufReader<TcpStream>,
+    reader: BufReader<S>,
     framing: Framing,
 }
 
@@ -287,6 +287,12 @@ enum Framing {
 
 impl Live {
     pub(crate) async fn read(socket: TcpStream) -> Self {
+        Self::of(socket).await
+    }
+}
+
+impl<S: AsyncRead + Unpin> Live<S> {
+    pub(crate) async fn of(socket: S) -> Self {
         let mut reader = BufReader::new(socket);
         let mut line = String::new();
         reader.read_line(&mut line).await.unwrap();
@@ -360,7 +366,7 @@ impl Live {
     }
 }
 
-async fn read_fields(reader: &mut BufReader<TcpStream>) -> Vec<(String, String)> {
+async fn read_fields(reader: &mut BufReader<impl AsyncRead + Unpin>) -> Vec<(String, String)> {
     let mut fields = Vec::new();
     loop {
         let mut line = String::new();

@@ -113,7 +113,7 @@ pub(crate) async fn run(context: &Context, args: ServeArgs) -> anyhow::Result<()
     let engine_options = options::engine(&config, &data_dir, secret, &chosen.default);
     let engine = Engine::start(engine_options, chosen.all.clone()).await.context("cannot start")?;
     let server = bind(&config, &engine).await?;
-    announce(context.output, &config, server.addresses(), &chosen)?;
+    announce(context.output, &config, &server.addresses(), &chosen)?;
     server.serve(signals.first()).await;
     end(context.output, &engine, &chosen, at_exit, &mut signals).await
 }
