@@ -136,8 +136,10 @@ pub(super) fn guest_path(uri: &Uri) -> PathAndQuery {
 /// Where the browser goes on: always on this host.
 fn without_token(uri: &Uri) -> HeaderValue {
     let path = guest_path(uri);
-    // `//host/` would lead away; the dot segment disappears (RFC 3986 5.2.4).
-    let text = if path.as_str().starts_with("//") { format!("/.{path}") } else { path.to_string() };
+    // `//host/` would lead away, and browsers read a backslash as a slash; the
+    // dot segment disappears (RFC 3986 5.2.4).
+    let leads_away = path.as_str().as_bytes().get(1).is_some_and(|second| matches!(second, b'/' | b'\\'));
+    let text = if leads_away { format!("/.{path}") } else { path.to_string() };
     HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("/"))
 }
 

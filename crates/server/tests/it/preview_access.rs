@@ -124,16 +124,12 @@ async fn the_way_on_never_leads_to_another_host() {
     for (path, location) in [
         ("//evil.example/", "/.//evil.example/"),
         ("///evil.example", "/.///evil.example"),
-        ("/\\evil.example", ""),
+        ("/\\evil.example", "/./\\evil.example"),
         ("/ok", "/ok"),
     ] {
         let path = format!("{path}?stacyvm_token={token}");
         let answer = preview.stranger("GET", &path).header("Sec-Fetch-Mode", "navigate").send().await;
-        if location.is_empty() {
-            assert_eq!(answer.status, 400, "{path}: {answer:?}");
-        } else {
-            assert_eq!((answer.status, answer.header("location")), (303, Some(location)), "{path}");
-        }
+        assert_eq!((answer.status, answer.header("location")), (303, Some(location)), "{path}");
     }
 }
 
