@@ -24,6 +24,7 @@ mod reply;
 mod routes;
 mod server;
 mod table;
+mod tls;
 mod utf8;
 
 use std::net::{IpAddr, SocketAddr};
@@ -41,6 +42,7 @@ pub use options::{AdminFallback, BodyLimits, DEFAULT_PORT, PreviewOptions, Probe
 use preview::Scheme;
 pub use server::Server;
 pub use table::{BASE, BodyRule, RouteInfo};
+pub use tls::{TlsError, TlsFiles};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -65,6 +67,8 @@ pub enum ServerError {
          https://preview.example.com"
     )]
     PreviewUrl(String),
+    #[error("server.tls_cert_file and server.tls_key_file")]
+    Tls(#[from] TlsError),
     #[error("the host name `{host}` cannot be resolved")]
     Resolve {
         host: String,

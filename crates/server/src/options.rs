@@ -7,6 +7,8 @@ use std::time::Duration;
 use stacyvm_api::Version;
 use subtle::ConstantTimeEq;
 
+use crate::tls::TlsFiles;
+
 /// Default port of the REST API (http-api 1).
 pub const DEFAULT_PORT: u16 = 7423;
 
@@ -38,6 +40,8 @@ pub struct ServerOptions {
     pub cors_origins: Vec<String>,
     pub body_limits: BodyLimits,
     pub preview: PreviewOptions,
+    /// TLS on every listener; plain HTTP without it.
+    pub tls: Option<TlsFiles>,
     pub version: Version,
     pub shutdown_grace: Duration,
 }
@@ -111,6 +115,7 @@ impl Default for ServerOptions {
             cors_origins: Vec::new(),
             body_limits: BodyLimits { json_bytes: DEFAULT_JSON_BYTES, file_json_bytes: DEFAULT_FILE_JSON_BYTES },
             preview: PreviewOptions::default(),
+            tls: None,
             version: Version {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 commit: "unknown".to_owned(),

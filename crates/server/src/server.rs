@@ -8,12 +8,15 @@ use std::time::Duration;
 use stacyvm_engine::Engine;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::connection::{self, Site, Surface};
 use crate::linger::Lingering;
 use crate::preview::{Arrival, Scheme};
+use crate::tls::{Certificate, HANDSHAKE_TIME};
 use crate::{App, ServerError, ServerOptions};
 
 /// Open connections at most; more wait in the kernel's queue.
@@ -30,6 +33,7 @@ pub struct Server {
     app: App,
     main: Vec<TcpListener>,
     preview_paths: Vec<TcpListener>,
+    tls: Option<(Arc<Certificate>, TlsAcceptor)>,
 }
 
 impl Server {
@@ -48,12 +52,20 @@ impl Server {
             Some(port) => listen(&resolve(&options.host, port).await?).await?,
             None => Vec::new(),
         };
+        let tls = match &options.tls {
+            Some(files) => {
+                let certificate = Certificate::read(files.clone())?;
+                let acceptor = certificate.acceptor()?;
+                Some((certificate, acceptor))
+            }
+            None => None,
+        };
         let port = addresses(&main).first().map_or(options.port, SocketAddr::port);
-        let app = App::new(options, engine, beyond_loopback, (Scheme::Http, port))?;
+        let app = App::new(options, engine, beyond_loopback, (scheme(tls.as_ref()), port))?;
         if app.guard.allows_any_origin() && !has_key {
             return Err(ServerError::OpenToEveryOrigin);
         }
-        Ok(Self { app, main, preview_paths })
+        Ok(Self { app, main, preview_paths, tls })
     }
 
     /// Where it listens: more than one for a name such as `localhost`.
@@ -74,28 +86,27 @@ impl Server {
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let cut = CancellationToken::new();
         let router = crate::routes::router(&self.app);
-        let pool = tokio::spawn(Arc::clone(&self.app.previews.pool).sweep(self.app.closing.clone()));
+        let mut background = JoinSet::new();
+        background.spawn(Arc::clone(&self.app.previews.pool).sweep(self.app.closing.clone()));
+        if let Some((certificate, _)) = &self.tls {
+            background.spawn(Arc::clone(certificate).watch(self.app.closing.clone()));
+        }
         let main = self.main.into_iter().map(|listener| (listener, Surface::Main));
         let paths = self.preview_paths.into_iter().map(|listener| (listener, Surface::PreviewPaths));
-        let acceptors: Vec<_> = main
-            .chain(paths)
-            .map(|(listener, surface)| {
-                let acceptor = Acceptor {
-                    site: Arc::new(Site { app: self.app.clone(), router: router.clone(), surface }),
-                    connections: connections.clone(),
-                    slots: slots.clone(),
-                    cut: cut.clone(),
-                };
-                tokio::spawn(acceptor.run(listener))
-            })
-            .collect();
+        for (listener, surface) in main.chain(paths) {
+            let acceptor = Acceptor {
+                site: Arc::new(Site { app: self.app.clone(), router: router.clone(), surface }),
+                tls: self.tls.as_ref().map(|(_, acceptor)| acceptor.clone()),
+                connections: connections.clone(),
+                slots: slots.clone(),
+                cut: cut.clone(),
+            };
+            background.spawn(acceptor.run(listener));
+        }
 
         shutdown.await;
         self.app.closing.cancel();
-        for acceptor in acceptors {
-            acceptor.await.ok();
-        }
-        pool.await.ok();
+        while background.join_next().await.is_some() {}
         connections.close();
         self.app.sockets.close();
         let drained = async {
@@ -112,6 +123,7 @@ impl Server {
 
 struct Acceptor {
     site: Arc<Site>,
+    tls: Option<TlsAcceptor>,
     connections: TaskTracker,
     slots: Arc<Semaphore>,
     cut: CancellationToken,
@@ -131,9 +143,9 @@ impl Acceptor {
             match next {
                 Some((slot, Ok((stream, peer)))) => {
                     prepare(&stream);
-                    let arrival = Arrival { peer: peer.ip().to_canonical(), scheme: Scheme::Http };
+                    let arrival = Arrival { peer: peer.ip().to_canonical(), scheme: scheme(self.tls.as_ref()) };
                     let stream = Lingering::new(stream, self.connections.clone(), self.cut.clone());
-                    let served = connection::serve(stream, Arc::clone(&self.site), arrival, self.cut.clone());
+                    let served = self.serve(stream, arrival);
                     self.connections.spawn(async move {
                         served.await;
                         drop(slot);
@@ -147,6 +159,24 @@ impl Acceptor {
             }
         }
     }
+}
+
+impl Acceptor {
+    fn serve(&self, stream: Lingering, arrival: Arrival) -> impl Future<Output = ()> + Send + use<> {
+        let (site, tls, cut) = (Arc::clone(&self.site), self.tls.clone(), self.cut.clone());
+        async move {
+            let Some(tls) = tls else { return connection::serve(stream, site, arrival, cut).await };
+            match tokio::time::timeout(HANDSHAKE_TIME, tls.accept(stream)).await {
+                Ok(Ok(stream)) => connection::serve(stream, site, arrival, cut).await,
+                Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+                Err(_) => tracing::debug!("a TLS handshake took too long"),
+            }
+        }
+    }
+}
+
+fn scheme<T>(tls: Option<T>) -> Scheme {
+    if tls.is_some() { Scheme::Https } else { Scheme::Http }
 }
 
 fn prepare(stream: &TcpStream) {

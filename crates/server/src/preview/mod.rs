@@ -196,7 +196,7 @@ pub(crate) async fn by_host(
 /// never of one origin with anything.
 pub(crate) async fn by_path(app: &App, arrival: Arrival, mut request: Request<Incoming>) -> Response {
     let wants_page = page::wants_page(request.headers());
-    let mut response = match path_visit(app, arrival, &request) {
+    let mut response = match named_by_path(app, &request) {
         Ok((PathForm::At(address, path), host)) => {
             let visit = Visit { prefix: Some(path_prefix(&address)), address, host, arrival };
             *request.uri_mut() = Uri::from(path);
@@ -212,8 +212,7 @@ pub(crate) async fn by_path(app: &App, arrival: Arrival, mut request: Request<In
     response
 }
 
-fn path_visit(app: &App, arrival: Arrival, request: &Request<Incoming>) -> Result<(PathForm, Authority), ApiError> {
-    let _ = arrival;
+fn named_by_path(app: &App, request: &Request<Incoming>) -> Result<(PathForm, Authority), ApiError> {
     let host = crate::edge::authority(request);
     app.guard.check_host(host.as_ref())?;
     let form = request.uri().path_and_query().and_then(PathForm::parse);

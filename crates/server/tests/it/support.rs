@@ -39,6 +39,8 @@ pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut
 
 pub(crate) struct Fixture {
     pub(crate) address: SocketAddr,
+    /// Where paths name previews.
+    pub(crate) preview_address: Option<SocketAddr>,
     pub(crate) mock: MockProvider,
     pub(crate) engine: Engine,
     api_key: Option<String>,
@@ -85,11 +87,21 @@ impl Fixture {
         let options = ServerOptions { port: 0, ..setup.server };
         let server = Server::bind(options, engine.clone()).await.unwrap();
         let address = server.addresses()[0];
+        let preview_address = server.preview_addresses().first().copied();
         let (stop, stopped) = oneshot::channel();
         let server = tokio::spawn(server.serve(async {
             stopped.await.ok();
         }));
-        Self { address, mock, engine, api_key: None, stop: Some(stop), server: Some(server), _data: data }
+        Self {
+            address,
+            preview_address,
+            mock,
+            engine,
+            api_key: None,
+            stop: Some(stop),
+            server: Some(server),
+            _data: data,
+        }
     }
 
     /// Requests carry this key from now on.
@@ -160,6 +172,12 @@ pub(crate) struct Request {
 }
 
 impl Request {
+    /// To another listener.
+    pub(crate) fn to(mut self, address: SocketAddr) -> Self {
+        self.address = address;
+        self
+    }
+
     /// Replaces a header of that name; an empty value removes it.
     pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.retain(|(known, _)| !known.eq_ignore_ascii_case(name));
