@@ -135,7 +135,7 @@ struct BrokenProvider {
 
 #[async_trait]
 impl Provider for BrokenProvider {
-    fn name(&self) -> &str {
+    fn name(&self) -> &'static str {
         "broken"
     }
 
