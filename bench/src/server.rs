@@ -91,7 +91,8 @@ impl Server {
         // Names of its own, so that another server on this machine does not count.
         serve.env("STACYVM_PROVIDERS_OCI_CGROUP_PARENT", cgroup_parent());
         if let Some(pool) = options.namespace_pool {
-            serve.env("STACYVM_PROVIDERS_OCI_NAMESPACE_POOL", pool.to_string());
+            serve.env("STACYVM_PROVIDERS_OCI_PREPARED_BRIDGE", pool.to_string());
+            serve.env("STACYVM_PROVIDERS_OCI_PREPARED", "0");
         }
         let process = serve.stdout(File::create(&log)?).stderr(File::options().append(true).open(&log)?).spawn()?;
         let client = Client::new(&ClientOptions::new(format!("http://127.0.0.1:{port}")))?;

@@ -178,6 +178,9 @@ pub enum TerminalServerMessage {
     Error {
         code: ErrorCode,
         message: String,
+        /// What to do about it, where there is something to do.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
     },
     Pong,
 }

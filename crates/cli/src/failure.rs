@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use stacyvm_api::ErrorCode;
 use stacyvm_client::ClientError;
+use stacyvm_image::ImageError;
 
 /// Something did not work.
 const FAILED: u8 = 1;
@@ -12,6 +13,9 @@ const FAILED: u8 = 1;
 /// `run`, `exec` and `shell`: the command could not be run at all, as opposed
 /// to having failed by itself. Docker's number for the same.
 const NOT_RUN: u8 = 125;
+
+/// The ways out where no registry answers.
+const NO_REGISTRY: &str = "use --image host, or bring the image in with `stacyvm image import`";
 
 /// A command reached its deadline: the number of coreutils' `timeout`.
 const TIMED_OUT: u8 = 124;
@@ -90,13 +94,15 @@ fn hint(error: &anyhow::Error) -> Option<String> {
     if let Some(advice) = error.chain().find_map(|cause| cause.downcast_ref::<Advice>()) {
         return Some(advice.hint.clone());
     }
+    if let Some(image) = error.chain().find_map(|cause| cause.downcast_ref::<ImageError>()) {
+        let unreachable = matches!(image, ImageError::RegistryUnavailable { .. });
+        return if unreachable { Some(NO_REGISTRY.to_owned()) } else { image.hint() };
+    }
     let client = client_error(error)?;
     // The server speaks of headers and fields; here there are options.
     let here = match client.code() {
         Some(ErrorCode::Unauthorized) => Some("pass the server's key with --api-key or STACYVM_API_KEY"),
-        Some(ErrorCode::RegistryUnavailable) => {
-            Some("use --image host, or bring the image in with `stacyvm image import`")
-        }
+        Some(ErrorCode::RegistryUnavailable) => Some(NO_REGISTRY),
         Some(ErrorCode::LimitUnsupported) => Some("leave the limit out, or accept that with --allow-unenforced"),
         _ => None,
     };

@@ -27,9 +27,11 @@ pub struct Census {
     /// Mounts below the data directory, in any mount namespace of those.
     pub mounts: usize,
     pub cgroups: usize,
-    /// Network namespaces of those processes.
+    /// Network namespaces that those processes, or single threads of them, are
+    /// in besides the host's.
     pub network_namespaces: usize,
-    /// Interfaces in any of those, and in ours.
+    /// Interfaces in any of those. An interface on the host that is the other
+    /// end of one goes with it.
     pub interfaces: usize,
     pub directories: usize,
     /// Files that the server has open.
@@ -41,16 +43,17 @@ impl Census {
         let pids = processes(scope)?;
         let mut namespaces = BTreeSet::new();
         let mut mounts = BTreeSet::new();
-        let mut interfaces = interfaces_of("self");
-        let ours = network_namespace_of("self");
+        let mut interfaces = 0;
+        let host = network_namespace_of(Path::new("/proc/thread-self"));
         let data_dir = scope.data_dir.to_string_lossy();
         for pid in &pids {
-            let pid = pid.to_string();
-            if let Some(namespace) = network_namespace_of(&pid)
-                && Some(&namespace) != ours.as_ref()
-                && namespaces.insert(namespace)
-            {
-                interfaces += interfaces_of(&pid);
+            for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                if let Some(namespace) = network_namespace_of(&thread.path())
+                    && Some(&namespace) != host.as_ref()
+                    && namespaces.insert(namespace)
+                {
+                    interfaces += interfaces_of(&thread.path());
+                }
             }
             let table = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
             mounts.extend(table.lines().filter(|line| line.contains(&*data_dir)).map(str::to_owned));
@@ -131,13 +134,14 @@ fn parent_of(pid: u32) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
-fn network_namespace_of(pid: &str) -> Option<PathBuf> {
-    fs::read_link(format!("/proc/{pid}/ns/net")).ok()
+/// `thread` is its directory in `/proc`.
+fn network_namespace_of(thread: &Path) -> Option<PathBuf> {
+    fs::read_link(thread.join("ns/net")).ok()
 }
 
-fn interfaces_of(pid: &str) -> usize {
+fn interfaces_of(thread: &Path) -> usize {
     // Two lines of heading.
-    fs::read_to_string(format!("/proc/{pid}/net/dev")).map_or(0, |table| table.lines().count().saturating_sub(2))
+    fs::read_to_string(thread.join("net/dev")).map_or(0, |table| table.lines().count().saturating_sub(2))
 }
 
 /// Directories of that name below `root`, with all that is below them.

@@ -129,6 +129,7 @@ impl EngineError {
             Self::SecretsUnresolved { .. } => {
                 Some("remove `secrets` from the template and pass the values in `env` instead".to_owned())
             }
+            Self::Session(error) => session_hint(error).map(str::to_owned),
             Self::InvalidInput(_)
             | Self::SandboxNotFound(_)
             | Self::ExecNotFound { .. }
@@ -142,7 +143,6 @@ impl EngineError {
             | Self::IdempotencyConflict
             | Self::BadEventId(_)
             | Self::ProviderTimeout { .. }
-            | Self::Session(_)
             | Self::Store(_)
             | Self::ShuttingDown
             | Self::Internal(_)
@@ -226,6 +226,28 @@ fn session_code(error: &SessionError) -> ErrorCode {
         SessionError::Unsupported(_) => ErrorCode::Unsupported,
         SessionError::Unavailable(_) => ErrorCode::Unavailable,
         SessionError::Failed { .. } => ErrorCode::InternalError,
+    }
+}
+
+/// Limits of the sandbox that what runs in it has used up.
+fn session_hint(error: &SessionError) -> Option<&'static str> {
+    match error {
+        SessionError::PidsExhausted => Some("signal a command that runs, or make a sandbox with a larger pids_limit"),
+        SessionError::MemoryExhausted => Some("end a command that runs, or make a sandbox with a larger memory_mb"),
+        SessionError::DiskFull => Some("remove files, or make a sandbox with a larger disk_size_mb"),
+        SessionError::Gone
+        | SessionError::InvalidArgument(_)
+        | SessionError::FileNotFound(_)
+        | SessionError::FileConflict(_)
+        | SessionError::FileForbidden(_)
+        | SessionError::ProcessNotFound(_)
+        | SessionError::CommandNotFound(_)
+        | SessionError::UserNotFound(_)
+        | SessionError::DeadlineExceeded
+        | SessionError::Unsupported(_)
+        | SessionError::PortClosed(_)
+        | SessionError::Unavailable(_)
+        | SessionError::Failed { .. } => None,
     }
 }
 

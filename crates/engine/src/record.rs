@@ -2,7 +2,7 @@
 //! inside. Memory is what requests read; the store is written behind it.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -30,6 +30,8 @@ pub(crate) struct Record {
     pub(crate) session: OnceCell<Arc<dyn Session>>,
     /// Commands whose end is not known yet.
     pub(crate) commands: Mutex<HashMap<ExecId, Arc<Command>>>,
+    /// Commands that the agent may have and that are not in `commands` yet.
+    starting: AtomicUsize,
     /// The inside ends: commands and streams of it, and the watch.
     pub(crate) ended: CancellationToken,
     /// Whoever makes it gives up.
@@ -49,6 +51,15 @@ pub(crate) struct Record {
     state: Mutex<State>,
     /// Tells of every change of the life cycle.
     changed: watch::Sender<()>,
+}
+
+/// A command is on its way to the agent; see [`Record::starting`].
+pub(crate) struct Starting<'a>(&'a AtomicUsize);
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 struct State {
@@ -77,6 +88,7 @@ impl Record {
             idempotency,
             session: OnceCell::new(),
             commands: Mutex::default(),
+            starting: AtomicUsize::new(0),
             ended: CancellationToken::new(),
             abort_create: CancellationToken::new(),
             oom_kills: AtomicU64::new(0),
@@ -187,6 +199,16 @@ impl Record {
 
     pub(crate) fn commands(&self) -> MutexGuard<'_, HashMap<ExecId, Arc<Command>>> {
         self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says so while a command is being started.
+    pub(crate) fn starting(&self) -> Starting<'_> {
+        self.starting.fetch_add(1, Ordering::AcqRel);
+        Starting(&self.starting)
+    }
+
+    pub(crate) fn is_starting(&self) -> bool {
+        self.starting.load(Ordering::Acquire) > 0
     }
 
     pub(crate) fn agent_knows_expiry(&self, expires_at: Timestamp) {

@@ -77,6 +77,10 @@ impl ApiError {
         &self.0.message
     }
 
+    pub(crate) fn what_to_do(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+
     pub(crate) fn cause(&self) -> Option<&str> {
         self.0.cause.as_deref()
     }

@@ -42,8 +42,9 @@ pub use table::{BASE, BodyRule, RouteInfo};
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     #[error(
-        "refusing to listen on {host} ({address}) without a key: anybody who can reach it could run code here. \
-         Set auth.api_key (STACYVM_AUTH_API_KEY), or listen on 127.0.0.1"
+        "refusing to listen on {host}{} without a key: anybody who can reach it could run code here. \
+         Set auth.api_key (STACYVM_AUTH_API_KEY), or listen on 127.0.0.1",
+        meaning(.host, .address)
     )]
     OpenBeyondLoopback { host: String, address: IpAddr },
     #[error(
@@ -125,6 +126,12 @@ impl Deref for App {
     fn deref(&self) -> &Shared {
         &self.0
     }
+}
+
+/// The address, where the host was given as a name.
+fn meaning(host: &str, address: &IpAddr) -> String {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    if bare.parse() == Ok(*address) { String::new() } else { format!(" ({address})") }
 }
 
 fn in_use(source: &std::io::Error) -> &'static str {

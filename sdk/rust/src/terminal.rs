@@ -176,12 +176,12 @@ fn event_of(message: TerminalServerMessage) -> Result<Option<ExecEvent>, ClientE
         TerminalServerMessage::Exit { exit_code, duration, error } => {
             Ok(Some(ExecEvent::Exit(Exit { code: exit_code, duration: Some(duration), error })))
         }
-        TerminalServerMessage::Error { code, message } => Err(ClientError::Api(ApiError {
+        TerminalServerMessage::Error { code, message, hint } => Err(ClientError::Api(ApiError {
             status: StatusCode::SWITCHING_PROTOCOLS.as_u16(),
             code: Some(code),
             code_text: code.to_string(),
             message,
-            hint: None,
+            hint,
             request_id: None,
         })),
         TerminalServerMessage::Pong => Ok(None),

@@ -111,7 +111,9 @@ pub(crate) struct Context {
 
 impl Context {
     pub(crate) fn client(&self) -> anyhow::Result<Client> {
-        let options = ClientOptions { api_key: self.api_key.clone(), ..ClientOptions::new(self.server.clone()) };
+        // A variable that is set to nothing is not set.
+        let server = if self.server.trim().is_empty() { DEFAULT_SERVER } else { &self.server };
+        let options = ClientOptions { api_key: self.api_key.clone(), ..ClientOptions::new(server) };
         Ok(Client::new(&options)?)
     }
 }

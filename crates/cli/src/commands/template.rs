@@ -131,6 +131,13 @@ fn template_of(args: SaveArgs) -> anyhow::Result<Template> {
         template.name = args.name;
         return Ok(template);
     }
+    if let Some(option) = args.sandbox.beyond_templates() {
+        return Err(Advice::new(
+            format!("a template has no place for {option}"),
+            format!("leave it out here, and pass {option} to `stacyvm spawn --template {}`", args.name),
+        )
+        .into());
+    }
     let request = args.sandbox.request(None);
     let image = request.image.ok_or_else(|| Advice::new("a template needs an image", "pass --image or --file"))?;
     Ok(Template {

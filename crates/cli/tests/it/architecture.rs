@@ -1,9 +1,10 @@
 //! `ARCHITECTURE.md` says which crate may use which; here the build says it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
 
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
+
+use crate::support::in_repository;
 
 /// What each crate of the workspace may use of the others. A new line here is
 /// a new line in `ARCHITECTURE.md`.
@@ -54,10 +55,6 @@ const ONLY_IN: [(&str, &[&str]); 6] = [
 
 /// There is one implementation of TLS and cryptography, and no C library of one.
 const NOWHERE: [&str; 4] = ["openssl-sys", "native-tls", "aws-lc-rs", "aws-lc-sys"];
-
-fn in_repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
-}
 
 fn metadata() -> Metadata {
     // What others are made of would have to be fetched first.

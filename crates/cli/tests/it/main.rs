@@ -1,3 +1,11 @@
-//! What holds for the program and its workspace as a whole.
+//! The program as people use it: started, asked, killed, and started again,
+//! with real sandboxes on this very host.
 
 mod architecture;
+mod commands;
+mod docs;
+mod hostile;
+mod leaks;
+mod restart;
+mod serve;
+mod support;

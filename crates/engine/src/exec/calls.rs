@@ -70,6 +70,7 @@ impl Shared {
             return Err(EngineError::Limit(LimitExceeded::Execs { max: COMMANDS_MAX }));
         }
         let session = self.session(record).await?;
+        let starting = record.starting();
         let exec_id = ExecId::random();
         start.tag = Some(exec_id.to_string());
         let (terminal, deadline) = (start.terminal.is_some(), start.deadline);
@@ -94,6 +95,7 @@ impl Shared {
             end: OnceLock::new(),
         });
         self.begin_command(record, &command);
+        drop(starting);
         if let Some(stdin) = stdin {
             let feed = feed(Arc::clone(&session), exec_id.clone(), stdin, terminal, close_stdin && !terminal);
             self.spawn(feed);
@@ -260,9 +262,6 @@ impl Shared {
     /// Settles the commands that an earlier process left as running.
     pub(crate) async fn settle_commands(self: &Arc<Self>, record: &Arc<Record>) {
         let rows = self.unsettled(record).await;
-        if rows.is_empty() {
-            return;
-        }
         let listed = async {
             let session = self.connect(record).await?;
             let listed = within("listing of commands", CALL_TIMEOUT, session.processes()).await?;
@@ -286,6 +285,48 @@ impl Shared {
                 (Some(_running), Some(session)) => self.take_over(record, command, session).await,
                 (None, _) | (Some(_), None) => self.lose_command(record, &command),
             }
+        }
+        let Some(session) = session.filter(|_| !record.is_starting()) else { return };
+        for (tag, process) in by_tag {
+            self.adopt_command(record, &session, &tag, process).await;
+        }
+    }
+
+    /// The log is written a moment after a command began: what began in the
+    /// last moment of the earlier process is known to the agent alone.
+    async fn adopt_command(
+        self: &Arc<Self>,
+        record: &Arc<Record>,
+        session: &Arc<dyn Session>,
+        tag: &str,
+        process: ListedProcess,
+    ) {
+        let Ok(exec_id) = tag.parse::<ExecId>() else { return };
+        if record.commands().contains_key(&exec_id) || !matches!(self.store.exec(&record.id, &exec_id).await, Ok(None))
+        {
+            return;
+        }
+        tracing::info!(sandbox = %record.id, exec = %exec_id, "taking up a command that is not in the log");
+        let command = Arc::new(Command {
+            exec_id,
+            text: crate::shared::cut(&process.argv.join(" ")),
+            pid: process.pid,
+            // Neither is known; the agent holds the deadline.
+            terminal: false,
+            deadline: None,
+            started_at: self.now(),
+            started: None,
+            operation: "exec_stream",
+            caller: Caller::default(),
+            oom_kills_before: u64::MAX,
+            followers: AtomicUsize::new(0),
+            output: Mutex::default(),
+            end: OnceLock::new(),
+        });
+        self.begin_command(record, &command);
+        match process.exit {
+            Some(exit) => drop(self.finish_command(record, &command, exit).await),
+            None => self.take_over(record, command, session).await,
         }
     }
 

@@ -75,6 +75,38 @@ async fn running_sandboxes_and_their_commands_are_taken_over() {
     host.assert_empty().await;
 }
 
+/// What is still to be written when the server is killed is lost.
+#[tokio::test]
+async fn commands_that_began_in_the_last_moment_are_taken_up_too() {
+    let host = Host::new();
+    let engine = host.engine().await;
+    let sandbox = create(&engine).await;
+    settle(&engine).await;
+    let open = StartOptions { keep_stdin_open: true, ..StartOptions::default() };
+    let running = engine.start_exec(&caller(), &sandbox.id, sh("echo begun; read X; echo got $X"), open).await.unwrap();
+    let ended = engine.start_exec(&caller(), &sandbox.id, sh("exit 4"), StartOptions::default()).await.unwrap();
+    let (running, ended) = (running.exec_id.clone(), ended.exec_id.clone());
+    engine.crash();
+    drop(engine);
+
+    let engine = host.engine().await;
+    let log = engine.exec_log(&caller(), &sandbox.id, None, None).await.unwrap();
+    let status_of = |id| log.items.iter().find(|row| row.exec_id == id).map(|row| (row.status, row.exit_code));
+    assert_eq!(status_of(running.clone()), Some((ProcessStatus::Running, None)));
+    assert_eq!(status_of(ended), Some((ProcessStatus::Exited, Some(4))));
+    engine.send_input(&caller(), &sandbox.id, &running, "there\n".into()).await.unwrap();
+    let mut attached = engine.attach_exec(&caller(), &sandbox.id, &running, 0).await.unwrap();
+    let mut output = Vec::new();
+    while let Some(event) = attached.stream.next().await {
+        if let ExecEvent::Output { data, .. } = event.unwrap() {
+            output.extend_from_slice(&data);
+        }
+    }
+    assert_eq!(output, b"begun\ngot there\n");
+    engine.destroy(&caller(), &sandbox.id).await.unwrap();
+    host.assert_empty().await;
+}
+
 #[tokio::test]
 async fn a_crash_at_any_step_of_a_create_is_settled() {
     for stuck in [Stuck::BeforeProvider, Stuck::AfterProvider, Stuck::InConnect, Stuck::InSetup] {

@@ -139,7 +139,10 @@ fn find_candidates(
     let candidates = match source::open(inner, path, cancelled)? {
         Contents::RootFs(rootfs) => {
             if name.is_none() {
-                return Err(bad_archive(path, "it is a root file system, which has no name of its own; give it one"));
+                return Err(bad_archive(
+                    path,
+                    "it is a root file system, which has no name of its own; give it one with --name",
+                ));
             }
             vec![rootfs_candidate(inner, path, rootfs)?]
         }

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -19,7 +20,7 @@ use hyper_util::rt::TokioIo;
 use stacyvm_api::Timestamp;
 use stacyvm_envd::agent::Reason;
 use stacyvm_envd::http::{self as paths, ErrorBody, FileHeader};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::error::{from_reason, from_transport, malformed};
 use super::transport::Transport;
@@ -33,6 +34,10 @@ const MAX_HEADER_BYTES: usize = 64 << 10;
 
 /// Until an answer begins, when nothing is sent.
 const ANSWER_TIME: Duration = Duration::from_mins(1);
+
+/// An agent that takes nothing of an upload for this long, although there is
+/// more, or that does not answer this long after all of it, has stopped.
+const STALL_TIME: Duration = Duration::from_mins(2);
 
 type RequestBody = UnsyncBoxBody<Bytes, Interrupted>;
 
@@ -116,7 +121,8 @@ impl Bulk<'_> {
         Ok(Box::new(TokioIo::new(upgraded)))
     }
 
-    /// Sends a body; takes as long as its source does.
+    /// Sends a body; takes as long as its source does, but not as long as a
+    /// stopped agent would.
     async fn upload(
         self,
         operation: &'static str,
@@ -125,12 +131,16 @@ impl Bulk<'_> {
         query: &[(&str, &str)],
         content: ByteStream,
     ) -> Result<Response<Incoming>, SessionError> {
-        let cause = Arc::new(Mutex::new(None));
-        let request = self.request(method, path, query, streamed(content, Arc::clone(&cause)))?;
+        let (cause, pace) = (Arc::new(Mutex::new(None)), Arc::new(Pace::default()));
+        let body = streamed(content, Arc::clone(&cause), Arc::clone(&pace));
+        let request = self.request(method, path, query, body)?;
         // Octets whatever they are: only a form would be looked into.
         let (mut parts, body) = request.into_parts();
         parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-        let sent = self.send(Request::from_parts(parts, body)).await;
+        let sent = tokio::select! {
+            sent = self.send(Request::from_parts(parts, body)) => sent,
+            () = pace.stalls() => Err(SessionError::Unavailable(Some("the upload is no longer taken".into()))),
+        };
         // What interrupted the source explains the failure better than anything.
         let interrupted = cause.lock().unwrap_or_else(PoisonError::into_inner).take();
         match (sent, interrupted) {
@@ -227,14 +237,54 @@ fn empty() -> RequestBody {
     Empty::new().map_err(|never| match never {}).boxed_unsync()
 }
 
-/// Keeps what interrupts the source.
-fn streamed(content: ByteStream, cause: Arc<Mutex<Option<SessionError>>>) -> RequestBody {
-    let frames = content.map(move |piece| match piece {
-        Ok(piece) => Ok(Frame::data(piece)),
-        Err(error) => {
-            *cause.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-            Err(Interrupted)
+/// Who an upload waits for.
+#[derive(Debug, Clone, Copy)]
+enum Waits {
+    ForTheSource,
+    ForTheAgent { since: Instant },
+}
+
+/// Whose turn it is in an upload.
+struct Pace(Mutex<Waits>);
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self(Mutex::new(Waits::ForTheAgent { since: Instant::now() }))
+    }
+}
+
+impl Pace {
+    fn set(&self, waits: Waits) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = waits;
+    }
+
+    /// Resolves once the agent has had its turn for too long.
+    async fn stalls(&self) {
+        loop {
+            let waits = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let since = match waits {
+                Waits::ForTheAgent { since } if since.elapsed() >= STALL_TIME => return,
+                Waits::ForTheAgent { since } => since,
+                Waits::ForTheSource => Instant::now(),
+            };
+            sleep_until(since + STALL_TIME).await;
         }
+    }
+}
+
+/// Keeps what interrupts the source, and whose turn it is.
+fn streamed(mut content: ByteStream, cause: Arc<Mutex<Option<SessionError>>>, pace: Arc<Pace>) -> RequestBody {
+    let frames = stream::poll_fn(move |context| {
+        pace.set(Waits::ForTheSource);
+        let piece = ready!(content.poll_next_unpin(context));
+        pace.set(Waits::ForTheAgent { since: Instant::now() });
+        Poll::Ready(piece.map(|piece| match piece {
+            Ok(piece) => Ok(Frame::data(piece)),
+            Err(error) => {
+                *cause.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                Err(Interrupted)
+            }
+        }))
     });
     StreamBody::new(frames).boxed_unsync()
 }
@@ -265,4 +315,44 @@ fn entry(headers: &HeaderMap) -> Result<FileEntry, SessionError> {
 
 fn broken(error: hyper::Error) -> SessionError {
     SessionError::Unavailable(Some(Box::new(error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use async_trait::async_trait;
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::AgentChannel;
+
+    /// Leads to an agent that takes what fits into a small pipe.
+    struct Stopped(mpsc::UnboundedSender<tokio::io::DuplexStream>);
+
+    #[async_trait]
+    impl AgentChannel for Stopped {
+        async fn open(&self) -> io::Result<Box<dyn AgentIo>> {
+            let (ours, theirs) = tokio::io::duplex(1024);
+            // Somebody has to hold the other end.
+            self.0.send(theirs).map_err(io::Error::other)?;
+            Ok(Box::new(ours))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upload_waits_for_its_source_but_not_for_a_stopped_agent() {
+        let (sender, _held) = mpsc::unbounded_channel();
+        let (transport, token) = (Transport::new(Arc::new(Stopped(sender))), HeaderValue::from_static("t"));
+        let bulk = Bulk { transport: &transport, token: &token };
+        let started = Instant::now();
+        let slow = stream::once(async {
+            tokio::time::sleep(STALL_TIME * 10).await;
+            Ok(Bytes::from(vec![7; 100_000]))
+        });
+        let written = bulk.write("/file", Box::pin(slow), WriteOptions::default()).await;
+        assert!(matches!(written, Err(SessionError::Unavailable(_))), "{written:?}");
+        let took = started.elapsed();
+        assert!((STALL_TIME * 11..STALL_TIME * 13).contains(&took), "{took:?}");
+    }
 }

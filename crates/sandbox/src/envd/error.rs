@@ -93,9 +93,13 @@ fn from_code(operation: &'static str, code: ErrorCode, message: &str) -> Session
         ErrorCode::PermissionDenied => SessionError::FileForbidden(message),
         ErrorCode::DeadlineExceeded => SessionError::DeadlineExceeded,
         ErrorCode::Unimplemented => SessionError::Unsupported(operation),
-        ErrorCode::Unauthenticated | ErrorCode::Unavailable | ErrorCode::Canceled | ErrorCode::Aborted => {
-            SessionError::Unavailable(Some(message.into()))
-        }
+        ErrorCode::Unauthenticated
+        | ErrorCode::Unavailable
+        | ErrorCode::Canceled
+        | ErrorCode::Aborted
+        // Its answer was larger than any of ours, or came damaged.
+        | ErrorCode::ResourceExhausted
+        | ErrorCode::DataLoss => SessionError::Unavailable(Some(message.into())),
         _ => SessionError::Failed { operation, cause: message.into() },
     }
 }
@@ -130,6 +134,8 @@ mod tests {
     fn a_detail_decides_and_the_code_is_the_fallback() {
         let error = ConnectError::not_found("gone");
         assert!(matches!(from_call("stat", &error), SessionError::FileNotFound(_)));
+        let too_long = ConnectError::resource_exhausted("message too large");
+        assert!(matches!(from_call("ping", &too_long), SessionError::Unavailable(_)));
 
         let detail = Failure { reason: Reason::REASON_PIDS_EXHAUSTED.into(), ..Default::default() };
         let detail = connectrpc::ErrorDetail::from_message(FAILURE_TYPE, &detail);

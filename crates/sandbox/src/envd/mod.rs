@@ -32,7 +32,8 @@ use crate::{
 /// One answer of an agent, at most: a listing of very many files.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 
-/// One message of a stream, at most.
+/// One message of a stream, or an answer that lists nothing, at most. At its
+/// start a server pings many agents at once, whatever they then say.
 const MAX_EVENT_BYTES: usize = 1 << 20;
 
 /// A call that only looks at something.
@@ -93,6 +94,10 @@ impl EnvdSession {
     }
 
     fn quick() -> CallOptions {
+        CallOptions::default().with_timeout(QUICK).with_max_message_size(MAX_EVENT_BYTES)
+    }
+
+    fn listing() -> CallOptions {
         CallOptions::default().with_timeout(QUICK)
     }
 
@@ -132,7 +137,7 @@ impl Session for EnvdSession {
 
     async fn processes(&self) -> Result<Vec<ListedProcess>, SessionError> {
         let request = agent::ListRequest::default();
-        let answer = self.agent.list_with_options(request, Self::quick());
+        let answer = self.agent.list_with_options(request, Self::listing());
         let answer = self.call("list commands", answer).await?.into_owned();
         Ok(answer
             .processes
@@ -281,7 +286,7 @@ impl Session for EnvdSession {
     async fn console(&self, lines: usize) -> Result<Vec<String>, SessionError> {
         let lines = u32::try_from(lines).unwrap_or(u32::MAX);
         let request = agent::ConsoleRequest { lines };
-        let answer = self.agent.console_with_options(request, Self::quick());
+        let answer = self.agent.console_with_options(request, Self::listing());
         Ok(self.call("read the console", answer).await?.into_owned().lines)
     }
 

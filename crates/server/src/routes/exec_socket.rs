@@ -280,8 +280,12 @@ impl Input<'_> {
                     Err(error) => Err(ApiError::bad_request(format!("a message cannot be read: {error}"))),
                 },
             };
-            if let Err(failure) = done {
-                self.replies.send(error_message(&failure)).await.ok();
+            match done {
+                // It ended while this was on its way, which no client can
+                // avoid; the output tells it of the end.
+                Err(failure) if failure.code() == ErrorCode::NotFound => {}
+                Err(failure) => drop(self.replies.send(error_message(&failure)).await),
+                Ok(()) => {}
             }
         }
     }

@@ -139,13 +139,21 @@ impl OutputForm for Interactive {
 
     fn failed(&mut self, error: &EngineError) -> Vec<String> {
         let mut messages = self.tails();
-        messages.push(TerminalServerMessage::Error { code: error.code(), message: error.to_string() });
+        messages.push(TerminalServerMessage::Error {
+            code: error.code(),
+            message: error.to_string(),
+            hint: error.hint(),
+        });
         messages.iter().map(json).collect()
     }
 }
 
 pub(super) fn error_message(failure: &ApiError) -> TerminalServerMessage {
-    TerminalServerMessage::Error { code: failure.code(), message: failure.message().to_owned() }
+    TerminalServerMessage::Error {
+        code: failure.code(),
+        message: failure.message().to_owned(),
+        hint: failure.what_to_do().map(str::to_owned),
+    }
 }
 
 fn json(message: &TerminalServerMessage) -> String {

@@ -169,6 +169,32 @@ async fn a_wrong_message_is_told_and_the_command_goes_on() {
     assert_eq!((&messages[0]["exit_code"], code), (&json!(0), 1000));
 }
 
+/// Which of the two comes first is not for a client to say.
+#[tokio::test]
+async fn input_for_a_command_that_has_just_ended_is_no_error() {
+    let fixture = Fixture::open().await;
+    let id = fixture.sandbox().await;
+    // More than the connection holds: the end is not told before this is read.
+    let long = json!({ "command": "head -c 12000000 /dev/zero", "background": true });
+    let path = format!("/sandboxes/{id}/exec");
+    let exec_id = fixture.post(&path, &long).await.expect(202)["exec_id"].as_str().unwrap().to_owned();
+    eventually("its end", || async {
+        let summary = fixture.get(&format!("{path}/{exec_id}")).await.expect(200);
+        (summary["status"] == "exited").then_some(())
+    })
+    .await;
+    let mut socket = Socket::open(&fixture, &id).await;
+    socket.say(&json!({ "type": "attach", "exec_id": exec_id })).await;
+    for late in
+        [json!({ "type": "stdin", "data": "late" }), json!({ "type": "close_stdin" }), json!({ "type": "ping" })]
+    {
+        socket.say(&late).await;
+    }
+    let (messages, code) = socket.rest().await;
+    let said = |kind: &str| messages.iter().filter(|message| message["type"] == kind).count();
+    assert_eq!((said("error"), said("pong"), said("exit"), code), (0, 1, 1, 1000));
+}
+
 #[tokio::test]
 async fn a_start_that_fails_is_told_with_its_code() {
     let fixture = Fixture::open().await;

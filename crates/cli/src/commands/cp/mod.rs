@@ -120,7 +120,7 @@ impl Copy {
                 None => to.to_owned(),
             }
         };
-        sandbox.make_dir(&target).await?;
+        ensure_dir(sandbox, &target).await?;
         let bar = self.output.progress(&target, None);
         let (reader, packing) = pack::stream(path.to_owned());
         let sent = sandbox.upload_archive(&target, bar.wrap_async_read(reader)).await;
@@ -186,8 +186,11 @@ impl Copy {
     }
 
     async fn download_tree(&self, sandbox: &SandboxClient, from: &str, to: &Path) -> anyhow::Result<u64> {
-        let contents = from.ends_with("/.") || from == "/";
-        let target = if to.is_dir() && !contents { to.join(place::remote_name(from)?) } else { to.to_owned() };
+        let target = if to.is_dir() && !place::remote_means_contents(from) {
+            to.join(place::remote_name(from)?)
+        } else {
+            to.to_owned()
+        };
         let download = sandbox.download_archive(from).await?;
         let bar = self.output.progress(&target.display().to_string(), None);
         let unpacked = unpack::unpack(bar.wrap_async_read(download.into_reader()), &target).await?;
@@ -205,9 +208,13 @@ impl Copy {
         to: &str,
     ) -> anyhow::Result<u64> {
         let info = source.stat(from).await?;
-        let target = self.target(sandbox, &place::remote_name(from)?, to).await?;
+        let target = if info.is_dir && place::remote_means_contents(from) {
+            to.to_owned()
+        } else {
+            self.target(sandbox, &place::remote_name(from)?, to).await?
+        };
         if info.is_dir {
-            sandbox.make_dir(&target).await?;
+            ensure_dir(sandbox, &target).await?;
             let bar = self.output.progress(&target, None);
             let reader = source.download_archive(from).await?.into_reader();
             sandbox.upload_archive(&target, bar.wrap_async_read(reader)).await?;
@@ -234,6 +241,17 @@ async fn stat(sandbox: &SandboxClient, path: &str) -> Result<Option<FileInfo>, C
         Ok(info) => Ok(Some(info)),
         Err(error) if error.code() == Some(ErrorCode::FileNotFound) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// The directory is there afterwards, as it may have been before.
+async fn ensure_dir(sandbox: &SandboxClient, path: &str) -> Result<(), ClientError> {
+    match sandbox.make_dir(path).await {
+        Err(error) if error.code() == Some(ErrorCode::FileConflict) => match stat(sandbox, path).await? {
+            Some(info) if info.is_dir => Ok(()),
+            Some(_) | None => Err(error),
+        },
+        made => made.map(drop),
     }
 }
 

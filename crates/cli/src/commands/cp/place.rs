@@ -45,6 +45,11 @@ pub(super) fn means_contents(path: &Path) -> bool {
     text == b"." || text.ends_with(b"/.") || text.ends_with(b"/..") || text == b".."
 }
 
+/// The same of a path in a sandbox.
+pub(super) fn remote_means_contents(path: &str) -> bool {
+    path.ends_with("/.") || path == "/"
+}
+
 /// The last name of a local path, for the sandbox.
 pub(super) fn local_name(path: &Path) -> anyhow::Result<String> {
     let full = path.canonicalize()?;

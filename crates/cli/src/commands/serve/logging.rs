@@ -3,6 +3,7 @@
 use std::io::IsTerminal as _;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::LogFormat;
 use crate::config::Logging;
@@ -10,12 +11,7 @@ use crate::failure::Advice;
 
 /// From here on events are logged.
 pub(super) fn start(settings: &Logging) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&settings.level).map_err(|error| {
-        Advice::new(
-            format!("`{}` is not a log level: {error}", settings.level),
-            "use error, warn, info, debug or trace",
-        )
-    })?;
+    let filter = filter(&settings.level)?;
     let pretty = match settings.format {
         LogFormat::Auto => std::io::stderr().is_terminal(),
         LogFormat::Json => false,
@@ -30,4 +26,35 @@ pub(super) fn start(settings: &Logging) -> anyhow::Result<()> {
         builder.json().flatten_event(true).try_init()
     };
     Ok(())
+}
+
+/// A word alone would mean everything of the crate of that name, and so turn
+/// off all there is: here it is a level.
+fn filter(level: &str) -> Result<EnvFilter, Advice> {
+    let words = level.split(',').map(str::trim);
+    // The library takes a blank for `error`.
+    let is_level = |word: &&str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
+    let unknown = words.filter(|word| !word.contains(['=', '['])).find(|word| !is_level(word));
+    let why = match (unknown, EnvFilter::try_new(level)) {
+        (None, Ok(filter)) => return Ok(filter),
+        (Some(word), _) => format!("`{word}` is not a log level"),
+        (None, Err(error)) => format!("`{level}` is not a log filter: {error}"),
+    };
+    Err(Advice::new(why, "use error, warn, info, debug or trace, or a filter such as info,stacyvm_engine=debug"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_and_filters_are_understood_and_slips_are_not() {
+        for good in ["info", "WARN", "off", "info,stacyvm_engine=debug", "stacyvm_engine=debug, warn"] {
+            assert!(filter(good).is_ok(), "{good}");
+        }
+        for bad in ["loud", "", "info,stacyvm_engine", "stacyvm_engine=loud", "info,"] {
+            let error = filter(bad).unwrap_err().to_string();
+            assert!(error.contains("is not a log"), "{bad}: {error}");
+        }
+    }
 }

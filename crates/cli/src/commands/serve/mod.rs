@@ -111,11 +111,35 @@ pub(crate) async fn run(context: &Context, args: ServeArgs) -> anyhow::Result<()
     let mut signals = Signals::listen()?;
     let chosen = providers::open(&config, &data_dir, &environment).await?;
     let engine_options = options::engine(&config, &data_dir, secret, &chosen.default);
-    let engine = Engine::start(engine_options, chosen.all.clone()).await.context("cannot start")?;
-    let server = bind(&config, &engine).await?;
-    announce(context.output, &config, server.addresses(), &chosen)?;
+    let engine = match Engine::start(engine_options, chosen.all.clone()).await {
+        Ok(engine) => engine,
+        Err(error) => {
+            for provider in &chosen.all {
+                provider.shutdown().await;
+            }
+            return Err(error).context("cannot start");
+        }
+    };
+    let answered = answer(context.output, &config, &engine, &chosen, &mut signals).await;
+    if answered.is_ok() {
+        leave(context.output, &engine, at_exit, &mut signals).await;
+    }
+    engine.shutdown().await;
+    answered
+}
+
+/// Listens and answers until a signal comes.
+async fn answer(
+    output: Output,
+    config: &Config,
+    engine: &Engine,
+    chosen: &Chosen,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
+    let server = bind(config, engine).await?;
+    announce(output, config, server.addresses(), chosen)?;
     server.serve(signals.first()).await;
-    end(context.output, &engine, &chosen, at_exit, &mut signals).await
+    Ok(())
 }
 
 impl ServeArgs {
@@ -178,33 +202,30 @@ fn announce(output: Output, config: &Config, addresses: &[SocketAddr], chosen: &
     Ok(())
 }
 
-async fn end(
-    output: Output,
-    engine: &Engine,
-    chosen: &Chosen,
-    at_exit: AtExit,
-    signals: &mut Signals,
-) -> anyhow::Result<()> {
+/// Destroys what runs, or says that it goes on.
+async fn leave(output: Output, engine: &Engine, at_exit: AtExit, signals: &mut Signals) {
     match at_exit {
         AtExit::Destroy => {
             tokio::select! {
-                count = engine.destroy_all() => output.note(&format!("destroyed {count} sandboxes")),
+                count = engine.destroy_all() => output.note(&match count {
+                    1 => "destroyed 1 sandbox".to_owned(),
+                    count => format!("destroyed {count} sandboxes"),
+                }),
                 () = signals.next() => output.note("interrupted; some sandboxes may still run"),
             }
         }
         AtExit::LeaveRunning => match still_running(engine).await {
             0 => {}
+            1 => output.note(
+                "1 sandbox keeps running until its time is up; `stacyvm serve` takes it up again, \
+                 and then `stacyvm kill --all` destroys it",
+            ),
             count => output.note(&format!(
                 "{count} sandboxes keep running until their time is up; `stacyvm serve` takes them up again, \
                  and then `stacyvm kill --all` destroys them"
             )),
         },
     }
-    engine.shutdown().await;
-    for provider in &chosen.all {
-        provider.shutdown().await;
-    }
-    Ok(())
 }
 
 async fn still_running(engine: &Engine) -> usize {
@@ -235,7 +256,7 @@ impl Signals {
 
     async fn first(&mut self) {
         self.next().await;
-        tracing::info!("ending: open requests may finish, sandboxes are not touched");
+        tracing::info!("ending: open requests may finish");
     }
 }
 

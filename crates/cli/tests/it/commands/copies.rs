@@ -1,0 +1,108 @@
+//! `cp`: files and directories in both directions.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::Fixture;
+use crate::support::{create, output, small};
+
+/// A tree with what trees have.
+fn plant(tree: &Path) {
+    fs::create_dir_all(tree.join("a/empty")).expect("made");
+    fs::write(tree.join("a/run.sh"), "#!/bin/sh\necho ran\n").expect("written");
+    fs::set_permissions(tree.join("a/run.sh"), fs::Permissions::from_mode(0o755)).expect("its mode");
+    fs::write(tree.join("bytes"), (0..=255).collect::<Vec<u8>>().repeat(5000)).expect("written");
+    std::os::unix::fs::symlink("a/run.sh", tree.join("link")).expect("a link");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_go_in_and_come_out_as_they_were() {
+    let fixture = Fixture::start().await;
+    let home = tempfile::tempdir_in(fixture.server.site.home()).expect("a directory");
+    let here = |name: &str| home.path().join(name).to_str().expect("text").to_owned();
+    let inside = |path: &str| format!("{}:{path}", fixture.id);
+    let cp = async |from: &str, to: &str| fixture.server.run(&["cp", from, to]).await;
+    plant(home.path());
+
+    cp(&here("a/run.sh"), &inside("/workspace/new/dir/run.sh")).await.ok().says("copied 19 B");
+    assert_eq!(output(&fixture.sandbox, "new/dir/run.sh; stat -c %a new/dir/run.sh").await, "ran\n755");
+    cp(&here("bytes"), &inside("/workspace")).await.ok();
+    cp(&inside("/workspace/bytes"), &here("back")).await.ok();
+    assert!(fs::read(here("bytes")).expect("readable") == fs::read(here("back")).expect("copied"));
+    let told: Value = fixture.server.run(&["--json", "cp", &inside("/workspace/bytes"), &here("a")]).await.json();
+    assert_eq!((&told["bytes"], fs::exists(here("a/bytes")).expect("can be seen")), (&Value::from(1_280_000), true));
+
+    let piped = fixture.server.run_with_input(&["cp", "-", &inside("/workspace/piped")], b"typed").await;
+    piped.ok();
+    assert_eq!(cp(&inside("/workspace/piped"), "-").await.ok().stdout(), "typed");
+    // A copy that cannot be made leaves what was there.
+    let missing = cp(&inside("/workspace/missing"), &here("back")).await;
+    assert_eq!(missing.status(), Some(1), "{missing}");
+    missing.says("no such file or directory: /workspace/missing");
+    assert_eq!(fs::metadata(here("back")).expect("still there").len(), 1_280_000);
+    cp(&here("missing"), &inside("/workspace")).await.says("missing");
+    cp(&here("bytes"), &here("other")).await.failed(1).says("ID:/path");
+    cp(&here("bytes"), &format!("{}:relative", fixture.id)).await.says("absolute path");
+    cp(&here("bytes"), "sb-00000000000000000000:/x").await.says("does not exist");
+    fixture.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trees_go_in_come_out_and_across() {
+    let fixture = Fixture::start().await;
+    let other = create(&fixture.server.client(), &small()).await;
+    let home = tempfile::tempdir_in(fixture.server.site.home()).expect("a directory");
+    let here = |name: &str| home.path().join(name).to_str().expect("text").to_owned();
+    let inside = |path: &str| format!("{}:{path}", fixture.id);
+    let cp = async |from: &str, to: &str| fixture.server.run(&["cp", from, to]).await.ok();
+    let tree = home.path().join("tree");
+    plant(&tree);
+
+    // Into a directory that exists, as a name that does not, and its contents.
+    cp(&here("tree"), &inside("/workspace")).await;
+    cp(&here("tree"), &inside("/workspace/named")).await;
+    cp(&here("tree/."), &inside("/workspace/contents")).await;
+    cp(&here("tree/."), &inside("/tmp")).await;
+    // Once more, over what is there.
+    cp(&here("tree"), &inside("/workspace")).await;
+    for place in ["tree", "named", "contents", "/tmp"] {
+        let shown = "cd /workspace; cd PLACE; ./link; stat -c %a a/run.sh; ls -d a/empty; wc -c < bytes";
+        let shown = output(&fixture.sandbox, &shown.replace("PLACE", place)).await;
+        assert_eq!(shown, "ran\n755\na/empty\n1280000", "{place}");
+    }
+    cp(&inside("/workspace/tree"), &here("back")).await;
+    cp(&inside("/workspace/named/."), &here("contents")).await;
+    for _ in 0..2 {
+        cp(&inside("/workspace/named/."), &format!("{}:/workspace/across", other.id())).await;
+    }
+    for place in ["back", "contents"] {
+        let place = home.path().join(place);
+        assert_eq!(fs::read_link(place.join("link")).expect("a link").to_str(), Some("a/run.sh"));
+        assert_eq!(place.join("a/run.sh").metadata().expect("there").permissions().mode() & 0o7777, 0o755);
+        assert!(place.join("a/empty").is_dir());
+        assert!(fs::read(place.join("bytes")).expect("readable") == fs::read(tree.join("bytes")).expect("readable"));
+    }
+    assert_eq!(output(&other, "across/link").await, "ran");
+    // As a tar, for other programs.
+    let tar = fixture.server.run(&["cp", &inside("/workspace/tree"), "-"]).await.ok();
+    let names = crate::support::run(
+        {
+            let mut command = fixture.server.site.command("tar");
+            command.args(["-tf", "-"]);
+            command.into()
+        },
+        tar.stdout_bytes(),
+    );
+    assert!(names.await.ok().stdout().contains("a/run.sh"));
+    // Devices and pipes stay behind, and that is said.
+    output(&fixture.sandbox, "mkfifo /workspace/tree/pipe").await;
+    cp(&inside("/workspace/tree"), &here("without")).await.says("left out 1");
+    let conflict = fixture.server.run(&["cp", &here("tree"), &inside("/workspace/tree/bytes")]).await;
+    assert_eq!(conflict.status(), Some(1), "{conflict}");
+    conflict.says("is a file");
+    other.destroy().await.expect("destroyed");
+    fixture.finish().await;
+}

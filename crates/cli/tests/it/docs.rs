@@ -1,0 +1,148 @@
+//! The shell blocks of the pages that a newcomer reads run as they stand.
+//!
+//! Two things are different here, and said to bash as aliases of the text: the
+//! address of the server, and the image that would come from a registry. Lines
+//! that cannot run in a test are listed with the reason; one that is no longer
+//! on a page fails. That `docs/cli.md` and `docs/configuration.md` say what the
+//! program says is held beside the code that writes them, and `docs/api.md` runs
+//! in `crates/server/tests/it/docs.rs`.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::support::{IMAGE, Ran, Registry, Server, Site, in_repository, run};
+
+/// Where the pages say that the server is.
+const DOCUMENTED_SERVER: &str = "127.0.0.1:7423";
+/// An image that these pages take from Docker Hub.
+const DOCUMENTED_IMAGE: &str = "python:3.12";
+
+/// Lines that are tested elsewhere, by their beginning.
+const ELSEWHERE: [(&str, &str); 8] = [
+    ("make ", "builds the release program; `.ci/run` and serve.rs"),
+    ("install target/", "installs it"),
+    ("stacyvm serve", "needs a terminal of its own; serve.rs"),
+    ("stacyvm shell", "needs a terminal; commands/terminal.rs"),
+    ("stacyvm events", "follows until Ctrl-C; commands/sandboxes.rs"),
+    ("export STACYVM_AUTH_API_KEY=", "for the server in the next line; serve.rs"),
+    ("export STACYVM_URL=http://vm.example.com", "a machine that does not exist"),
+    ("stacyvm list", "on that machine; commands/sandboxes.rs"),
+];
+
+/// `docker save`, on a machine that has the image.
+const DOCKER: &str = "#!/bin/sh\n[ \"$1\" = save ] && exec cat alpine.tar\n";
+
+struct Page {
+    name: &'static str,
+    text: String,
+}
+
+impl Page {
+    fn open(name: &'static str) -> Self {
+        Self { name, text: fs::read_to_string(in_repository(name)).expect("the page") }
+    }
+
+    /// One section of it.
+    fn section(self, title: &str) -> Self {
+        let (_, rest) = self.text.split_once(&format!("\n## {title}\n")).expect("the section");
+        Self { name: self.name, text: rest.split("\n## ").next().unwrap_or_default().to_owned() }
+    }
+
+    /// Its shell blocks as one script, without what is tested elsewhere.
+    fn script(&self) -> String {
+        let blocks = self.text.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+        let lines: Vec<&str> = blocks.flat_map(str::lines).collect();
+        assert!(lines.len() > 1, "{} has no examples", self.name);
+        let runs = |line: &&str| !ELSEWHERE.iter().any(|(beginning, _)| line.starts_with(beginning));
+        lines.into_iter().filter(runs).flat_map(|line| [line, "\n"]).collect()
+    }
+}
+
+/// Runs a script where `stacyvm`, `docker` and the files of the examples are.
+async fn run_script(site: &Site, url: &str, script: &str) -> Ran {
+    let here = tempfile::tempdir_in(site.home()).expect("a directory");
+    let path = |name: &str| here.path().join(name);
+    fs::create_dir_all(path("bin")).expect("made");
+    fs::create_dir_all(path("project")).expect("made");
+    symlink(env!("CARGO_BIN_EXE_stacyvm"), path("bin/stacyvm")).expect("a link");
+    symlink(in_repository("scripts").canonicalize().expect("there"), path("scripts")).expect("a link");
+    fs::write(path("bin/docker"), DOCKER).expect("written");
+    fs::set_permissions(path("bin/docker"), fs::Permissions::from_mode(0o755)).expect("its mode");
+    fs::copy(Site::archive(), path("alpine.tar")).expect("copied");
+    fs::write(path("project/main.py"), "print('the project ran')\n").expect("written");
+    fs::write(path("job.py"), "print('the job ran')\n").expect("written");
+    let mut bash = site.command("bash");
+    bash.args(["-c", &format!("set -euxo pipefail\n{script}")]).current_dir(here.path());
+    let bin: PathBuf = path("bin");
+    bash.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display())).env("STACYVM_URL", url);
+    run(bash.into(), b"").await.ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_readme_runs() {
+    let server = Server::shared().await;
+    let script = Page::open("README.md").section("Use it").script();
+    let script = script.replace(DOCUMENTED_IMAGE, "host").replace("localhost:7423", &server.url);
+    let ran = run_script(&server.site, &server.url, &script).await;
+    let lines: Vec<&str> = ran.stdout().lines().collect();
+    assert_eq!(lines[..2], ["42", "the project ran"], "{ran}");
+    assert!(lines[3].contains("\"image\":\"host\"") && lines[3].contains("\"state\":\"running\""), "{ran}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn getting_started_runs() {
+    let server = Server::start(&Site::with_image(), &["--destroy-on-exit"]).await;
+    let script = Page::open("docs/getting-started.md").script().replace(DOCUMENTED_IMAGE, "host");
+    let ran = run_script(&server.site, &server.url, &script).await;
+    assert!(ran.stdout().contains("hello from sb-") && ran.stdout().contains("Python 3."), "{ran}");
+    assert_eq!(ran.stdout().matches("the job ran").count(), 2, "{ran}");
+    assert!(ran.stdout().contains("docker.io/library/alpine:latest") && ran.stdout().contains("ready, "), "{ran}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_about_images_runs() {
+    let (site, registry) = (Site::new(), Registry::start());
+    let script = Page::open("docs/images.md").script();
+    // What Docker Hub has, the registry here has too.
+    site.run(&["image", "import", Site::archive().to_str().expect("text")]).await.ok();
+    let layout = site.home().join("layout.tar");
+    site.run(&["image", "export", IMAGE, layout.to_str().expect("text")]).await.ok();
+    let unpacked = site.home().join("layout");
+    fs::create_dir(&unpacked).expect("made");
+    let mut tar = site.command("tar");
+    tar.arg("-xf").arg(&layout).arg("-C").arg(&unpacked);
+    run(tar.into(), b"").await.ok();
+    let name = registry.push(&unpacked, "library/python", "3.12").await;
+    let ran = run_script(&site, "http://127.0.0.1:1", &script.replace(DOCUMENTED_IMAGE, &name)).await;
+    assert!(ran.stdout().contains(&format!("removed {name}")), "{ran}");
+    assert!(ran.stdout().contains(&format!("exported {name}")), "{ran}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_about_the_contract_suite_runs() {
+    // A provider is driven in a data directory that no server uses.
+    let (server, other): (Arc<Server>, Arc<Site>) = (Server::shared().await, Site::with_image());
+    let script = Page::open("docs/conformance.md").script();
+    let script = script.replace(&format!("http://{DOCUMENTED_SERVER}"), &server.url);
+    // The whole of it is what `.ci/run` runs.
+    let briefly = |line: &str| match line.split_once(" > ") {
+        Some((suite, file)) => format!("{suite} --only C0 > {file}\n"),
+        None => format!("{line} --only C0\n"),
+    };
+    let is_suite = |line: &str| line.starts_with("stacyvm conformance");
+    let script: String =
+        script.lines().map(|line| if is_suite(line) { briefly(line) } else { format!("{line}\n") }).collect();
+    let ran = run_script(&other, &server.url, &(script + "cat report.xml\n")).await;
+    assert!(ran.stdout().matches("PASS C01").count() >= 3 && ran.stdout().contains("<testsuite"), "{ran}");
+}
+
+#[test]
+fn nothing_is_left_out_that_is_no_longer_there() {
+    let pages = ["README.md", "docs/getting-started.md", "docs/images.md", "docs/conformance.md"].map(Page::open);
+    for (beginning, reason) in ELSEWHERE {
+        let stands = pages.iter().any(|page| page.text.lines().any(|line| line.starts_with(beginning)));
+        assert!(stands, "no page has `{beginning}` any more ({reason})");
+    }
+}
