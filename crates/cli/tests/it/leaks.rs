@@ -157,6 +157,8 @@ async fn streams_that_are_dropped_leave_nothing() {
     let watched = Watched::start().await;
     let client = watched.server.client();
     let sandbox = create(&client, &small()).await;
+    // A source that were dropped would have come to its end.
+    let mut sources = Vec::new();
     for _ in 0..6 {
         // Each of these ends while there is more to come.
         let mut flood = sandbox.exec_stream(&script("yes")).await.expect("it starts");
@@ -179,6 +181,7 @@ async fn streams_that_are_dropped_leave_nothing() {
             writer.write_all(&vec![7; 100_000]).await.expect("it is read");
         };
         tokio::select! { _ = upload => panic!("an upload without an end"), () = half => {} }
+        sources.push(writer);
     }
     assert!(sandbox.stat("/workspace/half").await.is_err(), "half a file");
     assert_eq!(output(&sandbox, "echo fine").await, "fine");
