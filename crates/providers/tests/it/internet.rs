@@ -32,7 +32,9 @@ impl Internet {
     pub(crate) fn start() -> Self {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let [.., high, low] = std::process::id().to_be_bytes();
+        // Names of both ends are the host's until one has moved.
         let device = format!("svmt{:x}{number}", std::process::id());
+        let far_end = format!("{device}p");
         let (host, near) = (Ipv4Addr::new(44, high, low, number * 4 + 1), Ipv4Addr::new(44, high, low, number * 4 + 2));
         let (public, private) = (Ipv4Addr::new(45, high, low, number), Ipv4Addr::new(10, high, low, number));
 
@@ -44,15 +46,15 @@ impl Internet {
         .join()
         .expect("a namespace");
 
-        ip(&["link", "add", &device, "type", "veth", "peer", "name", "inet0"]);
-        move_device("inet0", &namespace);
+        ip(&["link", "add", &device, "type", "veth", "peer", "name", &far_end]);
+        move_device(&far_end, &namespace);
         ip(&["addr", "add", &format!("{host}/30"), "dev", &device]);
         ip(&["link", "set", &device, "up"]);
         let configured = namespace.as_fd().try_clone_to_owned().expect("a descriptor");
         std::thread::spawn(move || {
             enter(&configured);
-            ip(&["addr", "add", &format!("{near}/30"), "dev", "inet0"]);
-            ip(&["link", "set", "inet0", "up"]);
+            ip(&["addr", "add", &format!("{near}/30"), "dev", &far_end]);
+            ip(&["link", "set", &far_end, "up"]);
             ip(&["route", "add", "default", "via", &host.to_string()]);
         })
         .join()
