@@ -2,7 +2,7 @@
 //! image, the same command, and the ratio printed.
 //!
 //! ```text
-//! main ─► server (a real `stacyvm serve`) ─► latency · burst · idle · transfer
+//! main ─► server (a real `stacyvm serve`) ─► latency · burst · idle · transfer · preview
 //!    └──► baseline (crun, runc, docker: the same command, the same image)
 //! ```
 //!
@@ -13,6 +13,7 @@ mod baseline;
 mod burst;
 mod idle;
 mod latency;
+mod preview;
 mod report;
 mod server;
 mod statistics;
@@ -66,6 +67,8 @@ enum Part {
     Idle,
     /// A large file up and down
     Transfer,
+    /// A server inside through its preview; beside the same server directly
+    Preview,
 }
 
 #[derive(Debug, Subcommand)]
@@ -73,14 +76,19 @@ enum Helper {
     /// Times an OCI runtime from inside a mount namespace of its own.
     #[command(hide = true)]
     Runtime { program: PathBuf, bundle: PathBuf, count: usize },
+    /// Serves what previews are measured with.
+    #[command(hide = true)]
+    Guest { port: u16 },
 }
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    if let Some(Helper::Runtime { program, bundle, count }) = &arguments.helper {
-        return baseline::measure_here(program, bundle, *count);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    match &arguments.helper {
+        Some(Helper::Runtime { program, bundle, count }) => baseline::measure_here(program, bundle, *count),
+        Some(Helper::Guest { port }) => runtime.block_on(preview::serve(*port)),
+        None => runtime.block_on(run(arguments)),
     }
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(run(arguments))
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -101,6 +109,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     if wanted(Part::Transfer) {
         report.transfer(&transfer::measure(&setup, arguments.file_mib << 20).await?);
+    }
+    if wanted(Part::Preview) {
+        report.preview(&preview::measure(&setup, arguments.file_mib << 20).await?);
     }
     if let Some(path) = arguments.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";

@@ -10,6 +10,7 @@ use crate::baseline::Baseline;
 use crate::burst::{BURST, Burst};
 use crate::idle::Idle;
 use crate::latency::Latency;
+use crate::preview::Preview;
 use crate::server::Setup;
 use crate::statistics::Spread;
 use crate::transfer::Transfer;
@@ -127,6 +128,24 @@ impl Report {
             "name": "transfer", "bytes": transfer.bytes, "up_mb_s": up, "down_mb_s": down,
             "server_before_kib": transfer.server_before_kib, "server_peak_kib": transfer.server_peak_kib,
         }));
+    }
+
+    pub(crate) fn preview(&mut self, measured: &Preview) {
+        println!("A server inside a sandbox without a network, through its preview");
+        println!("{:<26} {:>10} {:>10} {:>7}   promised", "", "direct", "preview", "ratio");
+        let Preview { direct, preview } = measured;
+        for (name, direct, preview, promised) in [
+            ("down, MB/s", direct.down_mb_s, preview.down_mb_s, ">= 400, >= 25 %"),
+            ("up, MB/s", direct.up_mb_s, preview.up_mb_s, ">= 400, >= 25 %"),
+            ("keep-alive requests/s", direct.requests_s, preview.requests_s, ">= 5000"),
+        ] {
+            let percent = preview / direct * 100.0;
+            println!("{name:<26} {direct:>10.0} {preview:>10.0} {percent:>5.0} %   {promised}");
+            self.results.push(json!({
+                "name": format!("preview {name}"), "direct": direct, "preview": preview, "promised": promised,
+            }));
+        }
+        println!();
     }
 
     fn spread(&mut self, name: &str, spread: Spread, note: &str) {

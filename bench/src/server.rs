@@ -67,6 +67,7 @@ pub(crate) struct Server {
     process: Child,
     pub(crate) client: Client,
     pub(crate) data_dir: PathBuf,
+    port: u16,
 }
 
 impl Server {
@@ -96,7 +97,7 @@ impl Server {
         }
         let process = serve.stdout(File::create(&log)?).stderr(File::options().append(true).open(&log)?).spawn()?;
         let client = Client::new(&ClientOptions::new(format!("http://127.0.0.1:{port}")))?;
-        let mut server = Self { process, client, data_dir };
+        let mut server = Self { process, client, data_dir, port };
         if let Err(error) = server.wait_until_ready().await {
             bail!("{error}\n{}", fs::read_to_string(&log).unwrap_or_default());
         }
@@ -131,6 +132,10 @@ impl Server {
             }
             sleep(POLL_INTERVAL).await;
         }
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
     }
 
     pub(crate) fn pid(&self) -> u32 {

@@ -49,6 +49,12 @@ pub enum ErrorCode {
     SandboxOom,
     /// The sandbox's disk is full.
     SandboxDiskFull,
+    /// Nothing listens on that port inside the sandbox.
+    PortClosed,
+    /// What listens inside the sandbox does not answer as it should.
+    BadGateway,
+    /// What listens inside the sandbox did not answer in time.
+    GatewayTimeout,
     /// A runtime or a dependency is not there right now; trying later may help.
     Unavailable,
     InternalError,

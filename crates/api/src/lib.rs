@@ -11,6 +11,7 @@ mod event;
 mod exec;
 mod file;
 mod id;
+mod port;
 mod provider;
 mod quota;
 mod sandbox;
@@ -30,11 +31,12 @@ pub use file::{
     WriteRequest,
 };
 pub use id::{ExecId, OwnerId, ParseIdError, SandboxId};
+pub use port::{Port, PortAccess, PortLink, PortLinkRequest, PortRequest};
 pub use provider::{Finding, FindingLevel, ProviderDetail, ProviderHealth};
 pub use quota::{OwnerQuota, OwnerQuotaRequest, OwnerUsage, QuotaSummary};
 pub use sandbox::{
     AdmissionDecision, CreateRequest, Disk, ExtendRequest, Limit, LimitReport, ListQuery, NetworkMode, NetworkRequest,
-    Port, PruneResult, Sandbox, SandboxState, SandboxStats, StatusBody,
+    PruneResult, Sandbox, SandboxState, SandboxStats, StatusBody,
 };
 pub use system::{Health, HostStats, PoolStatus, Readiness, Version};
 pub use template::{Template, TemplateSecret, TemplateSpawnRequest};

@@ -257,12 +257,6 @@ pub struct SandboxStats {
     pub disk_limit_bytes: Option<u64>,
 }
 
-/// An entry of `GET /sandboxes/{id}/ports`: something listens there.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Port {
-    pub port: u16,
-}
-
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
 /// Published SDKs declare `vcpus` as an integer: `1`, not `1.0`.
 pub(crate) fn whole_numbers_without_point<S: serde::Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {

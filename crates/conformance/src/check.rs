@@ -37,8 +37,10 @@ pub enum Ability {
     /// Terminals, standard input and signals.
     Terminal,
     Watch,
-    /// Reaching something that listens inside.
+    /// Reaching a port inside.
     Dial,
+    /// Reaching a unix socket inside.
+    Sockets,
     /// Listing what listens inside.
     Ports,
     /// Readings of memory and processes.
@@ -52,6 +54,7 @@ impl fmt::Display for Ability {
             Self::Terminal => "terminals, stdin and signals",
             Self::Watch => "watching files",
             Self::Dial => "dialing a port inside",
+            Self::Sockets => "dialing a unix socket inside",
             Self::Ports => "listing ports inside",
             Self::Usage => "reading resource usage",
         })

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use stacyvm_api::{
     AdmissionDecision, CreateRequest, Duration, ExecId, ExecRequest, ExecResult, ListQuery, OwnerId, OwnerQuota,
-    OwnerQuotaRequest, OwnerUsage, ProcessSummary, ProviderDetail, ProviderHealth, QuotaSummary, Sandbox, SandboxId,
-    SandboxStats, Template, TemplateSpawnRequest,
+    OwnerQuotaRequest, OwnerUsage, PortAccess, ProcessSummary, ProviderDetail, ProviderHealth, QuotaSummary, Sandbox,
+    SandboxId, SandboxStats, Template, TemplateSpawnRequest,
 };
 use stacyvm_sandbox::{Provider, Session, SessionError, TerminalSize};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +16,7 @@ use crate::exec::{ExecPage, RunningExec, StartOptions};
 use crate::file::FileOperation;
 use crate::metrics::{MetricsSnapshot, ReadinessReport, StoreHealth};
 use crate::shared::Shared;
+use crate::token::derived_key;
 use crate::{EngineError, EngineOptions, EventStream, start, template};
 
 /// Who makes a call, as the server authenticated it.
@@ -175,6 +176,36 @@ impl Engine {
         let record = self.shared.find(caller, id)?;
         self.shared.session(&record).await
     }
+
+    // Ports.
+
+    /// The access of a port as somebody set it.
+    pub fn port_access(&self, caller: &Caller, id: &SandboxId, port: u16) -> Result<Option<PortAccess>, EngineError> {
+        Ok(self.shared.find(caller, id)?.access_of(port))
+    }
+
+    pub async fn set_port_access(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        port: u16,
+        access: PortAccess,
+    ) -> Result<(), EngineError> {
+        self.shared.set_port_access(caller, id, port, access).await
+    }
+
+    /// The same for a request to the port itself, which names no caller: an
+    /// error when the sandbox cannot be reached now.
+    pub fn reachable_port(&self, id: &SandboxId, port: u16) -> Result<Option<PortAccess>, EngineError> {
+        self.shared.reachable_port(id, port)
+    }
+
+    /// A key made from the server's secret, for signatures of the server's own.
+    pub fn derived_key(&self, purpose: &str) -> [u8; 32] {
+        derived_key(&self.shared.options.server_secret, purpose)
+    }
+
+    // Files.
 
     /// Runs one file operation and records it: event, metric, operation log.
     /// For streams, what is measured is the time until the stream exists.

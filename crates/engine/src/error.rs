@@ -212,7 +212,8 @@ fn provider_code(error: &ProviderError) -> ErrorCode {
 
 fn session_code(error: &SessionError) -> ErrorCode {
     match error {
-        SessionError::Gone | SessionError::ProcessNotFound(_) | SessionError::PortClosed(_) => ErrorCode::NotFound,
+        SessionError::Gone | SessionError::ProcessNotFound(_) => ErrorCode::NotFound,
+        SessionError::PortClosed(_) => ErrorCode::PortClosed,
         SessionError::InvalidArgument(_) | SessionError::CommandNotFound(_) | SessionError::UserNotFound(_) => {
             ErrorCode::BadRequest
         }

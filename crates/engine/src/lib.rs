@@ -21,6 +21,7 @@ mod missing;
 mod options;
 mod order;
 mod page;
+mod port;
 mod progress;
 mod query;
 mod quota;

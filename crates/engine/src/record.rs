@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admission::Reservation;
 use crate::exec::Command;
 use crate::lifecycle::{Effect, Happening, Lifecycle, Runtime};
-use crate::store::{Idempotency, SandboxRow};
+use crate::store::{Idempotency, PortSettings, SandboxRow};
 
 /// The one node of a server without workers.
 pub(crate) const WORKER_ID: &str = "local";
@@ -48,6 +48,8 @@ pub(crate) struct Record {
     pub(crate) taken_in: AtomicBool,
     /// Failed attempts to free it in a row.
     pub(crate) free_failures: AtomicU32,
+    /// Ports whose access somebody set.
+    ports: Mutex<PortSettings>,
     state: Mutex<State>,
     /// Tells of every change of the life cycle.
     changed: watch::Sender<()>,
@@ -96,6 +98,7 @@ impl Record {
             agent_expires_at: AtomicU64::new(sandbox.expires_at.unix_ms().unsigned_abs()),
             taken_in: AtomicBool::new(false),
             free_failures: AtomicU32::new(0),
+            ports: Mutex::default(),
             state: Mutex::new(State {
                 lifecycle: new.lifecycle,
                 sandbox: Arc::new(sandbox),
@@ -209,6 +212,10 @@ impl Record {
 
     pub(crate) fn is_starting(&self) -> bool {
         self.starting.load(Ordering::Acquire) > 0
+    }
+
+    pub(crate) fn port_access(&self) -> MutexGuard<'_, PortSettings> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn agent_knows_expiry(&self, expires_at: Timestamp) {

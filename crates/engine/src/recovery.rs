@@ -39,6 +39,7 @@ impl Shared {
     pub(crate) async fn load(self: &Arc<Self>) -> Result<(), StoreError> {
         let lost = self.store.lose_execs_of_destroyed().await?;
         let rows = self.store.live_sandboxes().await?;
+        let mut ports = self.store.port_access().await?;
         tracing::info!(sandboxes = rows.len(), lost_commands = lost, "read what an earlier process left");
         for mut row in rows {
             let known = self.providers.get(&row.sandbox.provider).cloned();
@@ -49,7 +50,9 @@ impl Shared {
             }
             let lifecycle = Lifecycle::recovered(row.sandbox.state);
             let reservation = self.admission.reserve_existing(row.sandbox.owner_id.as_ref());
-            self.remember(&Record::new(NewRecord { row, provider, lifecycle, reservation }));
+            let record = Record::new(NewRecord { row, provider, lifecycle, reservation });
+            *record.port_access() = ports.remove(&record.id).unwrap_or_default();
+            self.remember(&record);
         }
         Ok(())
     }

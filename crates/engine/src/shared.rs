@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
-use stacyvm_api::{EventKind, SandboxId, SandboxState, Template, Timestamp};
+use stacyvm_api::{EventKind, SandboxId, Template, Timestamp};
 use stacyvm_sandbox::{Connection, EnvdSession, Provider, Session};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -121,14 +121,8 @@ impl Shared {
 
     /// The way into a sandbox that can be worked with.
     pub(crate) async fn session(&self, record: &Record) -> Result<Arc<dyn Session>, EngineError> {
-        match record.state() {
-            SandboxState::Running | SandboxState::Unhealthy => self.connect(record).await,
-            SandboxState::Destroying | SandboxState::Destroyed => Err(EngineError::SandboxNotFound(record.id.clone())),
-            state @ (SandboxState::Creating | SandboxState::Paused | SandboxState::Error) => {
-                let reason = record.sandbox().reason.clone();
-                Err(EngineError::SandboxNotReady { id: record.id.clone(), state, reason })
-            }
-        }
+        record.check_usable()?;
+        self.connect(record).await
     }
 
     /// Tells the agent the expiry that the record has now.

@@ -12,12 +12,26 @@ use crate::options::ServerSecret;
 /// over the id and the generation. The length of the id goes first, so that no
 /// two pairs give the same message.
 pub(crate) fn agent_token(secret: &ServerSecret, id: &SandboxId, generation: u32) -> String {
-    #[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]
-    let mut mac = Hmac::<Sha256>::new_from_slice(secret.bytes()).expect("any key length is valid");
+    let mut mac = keyed(secret);
     mac.update(&(id.as_str().len() as u64).to_be_bytes());
     mac.update(id.as_str().as_bytes());
     mac.update(&generation.to_be_bytes());
     hex(&mac.finalize().into_bytes())
+}
+
+/// A key for something else than agents: HMAC-SHA256 of the server's secret
+/// over what it is for. No id is as long as the number that goes first, so that
+/// no purpose gives what an agent's token is made from.
+pub(crate) fn derived_key(secret: &ServerSecret, purpose: &str) -> [u8; 32] {
+    let mut mac = keyed(secret);
+    mac.update(&u64::MAX.to_be_bytes());
+    mac.update(purpose.as_bytes());
+    mac.finalize().into_bytes().into()
+}
+
+#[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]
+fn keyed(secret: &ServerSecret) -> Hmac<Sha256> {
+    Hmac::<Sha256>::new_from_slice(secret.bytes()).expect("any key length is valid")
 }
 
 /// Hex SHA-256.
@@ -45,5 +59,14 @@ mod tests {
         assert_ne!(token, agent_token(&secret, &id, 2));
         assert_ne!(token, agent_token(&ServerSecret::new([8; 32]), &id, 1));
         assert_ne!(token, agent_token(&secret, &"sb-00000000000000000001".parse().unwrap(), 1));
+    }
+
+    #[test]
+    fn derived_keys_differ_by_secret_and_purpose() {
+        let secret = ServerSecret::new([7; 32]);
+        let key = derived_key(&secret, "previews");
+        assert_eq!(key, derived_key(&secret, "previews"));
+        assert_ne!(key, derived_key(&secret, "other"));
+        assert_ne!(key, derived_key(&ServerSecret::new([8; 32]), "previews"));
     }
 }

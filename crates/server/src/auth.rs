@@ -58,6 +58,9 @@ pub(crate) struct Authenticator {
 const API_KEY: &str = "x-api-key";
 const ADMIN_API_KEY: &str = "x-admin-api-key";
 
+/// Headers that carry keys: never shown to a guest.
+pub(crate) const KEY_HEADERS: [&str; 2] = [API_KEY, ADMIN_API_KEY];
+
 impl Authenticator {
     pub(crate) fn new(options: &ServerOptions) -> Self {
         Self {
@@ -71,6 +74,11 @@ impl Authenticator {
     /// No key is configured: whoever reaches the server may use it.
     pub(crate) fn is_open(&self) -> bool {
         self.api_key.is_none() && self.admin_api_key.is_none()
+    }
+
+    /// Whether the request carries a key; never true while there is none.
+    pub(crate) fn knows(&self, headers: &HeaderMap) -> bool {
+        self.role(headers) != Role::Anonymous
     }
 
     /// Lets the request pass a route of this scope, or says why not.

@@ -15,11 +15,9 @@ use http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use stacyvm_api::ErrorCode;
 
 use crate::App;
-use crate::error::ApiError;
+use crate::error::{ApiError, REQUEST_ID};
 use crate::guard::{self, CorsGrant};
 use crate::table::{BASE, NO_STORE};
-
-const REQUEST_ID: &str = "x-request-id";
 
 /// Longest request id that is taken over from a client.
 const REQUEST_ID_MAX_BYTES: usize = 128;
@@ -83,7 +81,7 @@ fn preflight(app: &App, request: &Request, host: Option<&Authority>) -> (Respons
 
 /// Which server the request means: HTTP/2 and proxies say it in the URI,
 /// HTTP/1.1 in `Host`. Two different answers are none.
-fn authority(request: &Request) -> Option<Authority> {
+pub(crate) fn authority<B>(request: &http::Request<B>) -> Option<Authority> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let header = match (hosts.next(), hosts.next()) {
         (Some(value), None) => Some(value.to_str().ok()?.parse::<Authority>().ok()?),
@@ -137,7 +135,7 @@ fn request_id(headers: &HeaderMap) -> String {
 }
 
 /// A version 4 UUID (RFC 9562 5.4).
-fn random_uuid() -> String {
+pub(crate) fn random_uuid() -> String {
     let mut bits: u128 = rand::random();
     bits = (bits & !(0xf << 76)) | (0x4 << 76);
     bits = (bits & !(0x3 << 62)) | (0x2 << 62);

@@ -12,6 +12,9 @@ use serde_json::{Map, Value};
 use stacyvm_api::{ErrorBody, ErrorCode};
 use stacyvm_engine::EngineError;
 
+/// Under which a request is logged and its failure reported.
+pub(crate) const REQUEST_ID: &str = "x-request-id";
+
 /// A failed call: what the caller sees, and the cause for the log.
 #[derive(Debug, Clone)]
 pub(crate) struct ApiError(Box<Failure>);
@@ -62,6 +65,12 @@ impl ApiError {
         self
     }
 
+    /// What is behind it, for the log only.
+    pub(crate) fn because(mut self, cause: &(dyn std::error::Error + 'static)) -> Self {
+        self.0.cause = Some(chain(cause));
+        self
+    }
+
     pub(crate) fn extra(mut self, key: &str, value: impl Serialize) -> Self {
         if let Ok(value) = serde_json::to_value(value) {
             self.0.extra.insert(key.to_owned(), value);
@@ -77,7 +86,7 @@ impl ApiError {
         &self.0.message
     }
 
-    pub(crate) fn what_to_do(&self) -> Option<&str> {
+    pub(crate) fn hint_text(&self) -> Option<&str> {
         self.0.hint.as_deref()
     }
 
@@ -170,6 +179,8 @@ pub(crate) fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::SandboxOom
         | ErrorCode::SandboxDiskFull => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::Unsupported => StatusCode::NOT_IMPLEMENTED,
+        ErrorCode::PortClosed | ErrorCode::BadGateway => StatusCode::BAD_GATEWAY,
+        ErrorCode::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::RegistryUnavailable | ErrorCode::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::InternalError => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -16,6 +16,7 @@ use stacyvm_engine::Caller;
 use crate::App;
 use crate::auth::Role;
 use crate::error::ApiError;
+use crate::preview::Address;
 use crate::table::{self, BodyRule, Rule};
 
 /// A JSON body has to arrive within this time (http-api 1: read timeout).
@@ -36,6 +37,9 @@ pub(crate) struct Query<T>(pub(crate) T);
 
 /// The sandbox named in the path.
 pub(crate) struct Sandbox(pub(crate) SandboxId);
+
+/// The port named in the path, of its sandbox.
+pub(crate) struct SandboxPort(pub(crate) Address);
 
 /// The command named in the path, in its sandbox.
 pub(crate) struct Exec(pub(crate) SandboxId, pub(crate) ExecId);
@@ -85,6 +89,19 @@ impl FromRequestParts<App> for Sandbox {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         let Name(id) = Name::from_request_parts(parts, app).await?;
         sandbox_id(&id).map(Self)
+    }
+}
+
+impl FromRequestParts<App> for SandboxPort {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let Path((id, port)) = Path::<(String, String)>::from_request_parts(parts, app).await.map_err(bad_path)?;
+        let id = sandbox_id(&id)?;
+        match port.parse() {
+            Ok(port) if port > 0 => Ok(Self(Address { id, port })),
+            Ok(_) | Err(_) => Err(ApiError::bad_request(format!("`{port}` is not a port; write 1 to 65535"))),
+        }
     }
 }
 

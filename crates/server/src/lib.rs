@@ -9,6 +9,7 @@
 //! of providers.
 
 mod auth;
+mod connection;
 mod edge;
 mod error;
 mod extract;
@@ -18,10 +19,12 @@ mod linger;
 mod metrics;
 mod openapi;
 mod options;
+mod preview;
 mod reply;
 mod routes;
 mod server;
 mod table;
+mod tls;
 mod utf8;
 
 use std::net::{IpAddr, SocketAddr};
@@ -35,9 +38,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use auth::{Role, Scope};
-pub use options::{AdminFallback, BodyLimits, DEFAULT_PORT, ProbeAccess, Secret, ServerOptions};
+pub use options::{AdminFallback, BodyLimits, DEFAULT_PORT, PreviewOptions, ProbeAccess, Secret, ServerOptions};
+use preview::Scheme;
 pub use server::Server;
 pub use table::{BASE, BodyRule, RouteInfo};
+pub use tls::{TlsError, TlsFiles};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -56,6 +61,15 @@ pub enum ServerError {
     CorsOrigin(String),
     #[error("server.allowed_hosts: `{0}` is not a host; write for example api.example.com or *.example.com")]
     AllowedHost(String),
+    #[error("server.preview_domain: `{0}` is not a domain; write for example localhost or preview.example.com")]
+    PreviewDomain(String),
+    #[error(
+        "server.preview_url: `{0}` is not an address of server.preview_domain; write for example \
+         https://preview.example.com"
+    )]
+    PreviewUrl(String),
+    #[error("server.tls_cert_file and server.tls_key_file")]
+    Tls(#[from] TlsError),
     #[error("the host name `{host}` cannot be resolved")]
     Resolve {
         host: String,
@@ -92,6 +106,7 @@ pub(crate) struct Shared {
     pub(crate) options: ServerOptions,
     pub(crate) auth: auth::Authenticator,
     pub(crate) guard: guard::Guard,
+    pub(crate) previews: preview::Previews,
     pub(crate) started: Instant,
     /// Cancelled when the server shuts down: streams end on it.
     pub(crate) closing: CancellationToken,
@@ -104,10 +119,16 @@ pub(crate) struct Shared {
 }
 
 impl App {
-    fn new(options: ServerOptions, engine: Engine, beyond_loopback: bool) -> Result<Self, ServerError> {
+    fn new(
+        options: ServerOptions,
+        engine: Engine,
+        beyond_loopback: bool,
+        listener: (Scheme, u16),
+    ) -> Result<Self, ServerError> {
         Ok(Self(Arc::new(Shared {
             auth: auth::Authenticator::new(&options),
             guard: guard::Guard::new(&options, beyond_loopback)?,
+            previews: preview::Previews::new(&options, &engine, listener)?,
             started: Instant::now(),
             closing: CancellationToken::new(),
             sockets: TaskTracker::new(),

@@ -7,6 +7,8 @@ use std::time::Duration;
 use stacyvm_api::Version;
 use subtle::ConstantTimeEq;
 
+use crate::tls::TlsFiles;
+
 /// Default port of the REST API (http-api 1).
 pub const DEFAULT_PORT: u16 = 7423;
 
@@ -37,8 +39,9 @@ pub struct ServerOptions {
     /// means any and needs a key.
     pub cors_origins: Vec<String>,
     pub body_limits: BodyLimits,
-    /// Domain below which sandbox ports are shown, for the sandbox record.
-    pub preview_domain: Option<String>,
+    pub preview: PreviewOptions,
+    /// TLS on every listener; plain HTTP without it.
+    pub tls: Option<TlsFiles>,
     pub version: Version,
     pub shutdown_grace: Duration,
 }
@@ -61,6 +64,20 @@ pub enum ProbeAccess {
 pub struct BodyLimits {
     pub json_bytes: usize,
     pub file_json_bytes: usize,
+}
+
+/// Where ports of sandboxes are shown.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PreviewOptions {
+    /// Domain below which every port has a host of its own,
+    /// `{port}-{sandbox}.{domain}`; with a port where browsers see another one
+    /// than this server's. `None` shows none by host.
+    pub domain: Option<String>,
+    /// How browsers see that domain when a proxy is in front:
+    /// `https://preview.example.com`.
+    pub url: Option<String>,
+    /// A port of its own, where paths name previews: `/{sandbox}/{port}/…`.
+    pub path_port: Option<u16>,
 }
 
 /// A key that is compared in constant time and never printed.
@@ -97,7 +114,8 @@ impl Default for ServerOptions {
             allowed_hosts: Vec::new(),
             cors_origins: Vec::new(),
             body_limits: BodyLimits { json_bytes: DEFAULT_JSON_BYTES, file_json_bytes: DEFAULT_FILE_JSON_BYTES },
-            preview_domain: None,
+            preview: PreviewOptions::default(),
+            tls: None,
             version: Version {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 commit: "unknown".to_owned(),

@@ -1,50 +1,39 @@
-//! Listening, serving connections, and ending in good order.
+//! Listening, accepting connections, and ending in good order.
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
-use http::Request;
-use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
 use stacyvm_engine::Engine;
-use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tower::Service;
 
+use crate::connection::{self, Site, Surface};
 use crate::linger::Lingering;
+use crate::preview::{Arrival, Scheme};
+use crate::tls::{Certificate, HANDSHAKE_TIME};
 use crate::{App, ServerError, ServerOptions};
 
 /// Open connections at most; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 16_384;
 
-/// A connection that sends no request head for this long is closed; also the
-/// longest a head may take (http-api 1: idle keep-alive 60 s).
-const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
-
 /// Pause after `accept` failed, usually for want of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
-/// HTTP/2: with the defaults, uploads are several times slower.
-const H2_STREAM_WINDOW_BYTES: u32 = 1 << 20;
-const H2_CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
-const H2_MAX_FRAME_BYTES: u32 = 256 << 10;
-const H2_MAX_STREAMS: u32 = 1024;
-const H2_KEEPALIVE: Duration = Duration::from_secs(30);
+/// A peer that went away without a word is noticed after about this long.
+const KEEPALIVE_IDLE: Duration = Duration::from_mins(1);
 
 /// A bound server that does not answer yet.
 pub struct Server {
     app: App,
-    router: Router,
-    listeners: Vec<TcpListener>,
-    addresses: Vec<SocketAddr>,
+    main: Vec<TcpListener>,
+    preview_paths: Vec<TcpListener>,
+    tls: Option<(Arc<Certificate>, TlsAcceptor)>,
 }
 
 impl Server {
@@ -57,19 +46,36 @@ impl Server {
         if let (Some(address), false) = (beyond_loopback, has_key) {
             return Err(ServerError::OpenBeyondLoopback { host: options.host, address: address.ip() });
         }
-        let app = App::new(options, engine, beyond_loopback.is_some())?;
+        let beyond_loopback = beyond_loopback.is_some();
+        let main = listen(&targets).await?;
+        let preview_paths = match options.preview.path_port {
+            Some(port) => listen(&resolve(&options.host, port).await?).await?,
+            None => Vec::new(),
+        };
+        let tls = match &options.tls {
+            Some(files) => {
+                let certificate = Certificate::read(files.clone())?;
+                let acceptor = certificate.acceptor()?;
+                Some((certificate, acceptor))
+            }
+            None => None,
+        };
+        let port = addresses(&main).first().map_or(options.port, SocketAddr::port);
+        let app = App::new(options, engine, beyond_loopback, (scheme(tls.as_ref()), port))?;
         if app.guard.allows_any_origin() && !has_key {
             return Err(ServerError::OpenToEveryOrigin);
         }
-        let listeners = listen(&targets).await?;
-        let addresses = listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect();
-        let router = crate::routes::router(&app);
-        Ok(Self { app, router, listeners, addresses })
+        Ok(Self { app, main, preview_paths, tls })
     }
 
     /// Where it listens: more than one for a name such as `localhost`.
-    pub fn addresses(&self) -> &[SocketAddr] {
-        &self.addresses
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        addresses(&self.main)
+    }
+
+    /// Where paths name previews, if anywhere.
+    pub fn preview_addresses(&self) -> Vec<SocketAddr> {
+        addresses(&self.preview_paths)
     }
 
     /// Answers until `shutdown` resolves, then lets open requests end for the
@@ -79,26 +85,28 @@ impl Server {
         let connections = TaskTracker::new();
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let cut = CancellationToken::new();
-        let acceptors: Vec<_> = self
-            .listeners
-            .into_iter()
-            .map(|listener| {
-                let acceptor = Acceptor {
-                    router: self.router.clone(),
-                    connections: connections.clone(),
-                    slots: slots.clone(),
-                    closing: self.app.closing.clone(),
-                    cut: cut.clone(),
-                };
-                tokio::spawn(acceptor.run(listener))
-            })
-            .collect();
+        let router = crate::routes::router(&self.app);
+        let mut background = JoinSet::new();
+        background.spawn(Arc::clone(&self.app.previews.pool).sweep(self.app.closing.clone()));
+        if let Some((certificate, _)) = &self.tls {
+            background.spawn(Arc::clone(certificate).watch(self.app.closing.clone()));
+        }
+        let main = self.main.into_iter().map(|listener| (listener, Surface::Main));
+        let paths = self.preview_paths.into_iter().map(|listener| (listener, Surface::PreviewPaths));
+        for (listener, surface) in main.chain(paths) {
+            let acceptor = Acceptor {
+                site: Arc::new(Site { app: self.app.clone(), router: router.clone(), surface }),
+                tls: self.tls.as_ref().map(|(_, acceptor)| acceptor.clone()),
+                connections: connections.clone(),
+                slots: slots.clone(),
+                cut: cut.clone(),
+            };
+            background.spawn(acceptor.run(listener));
+        }
 
         shutdown.await;
         self.app.closing.cancel();
-        for acceptor in acceptors {
-            acceptor.await.ok();
-        }
+        while background.join_next().await.is_some() {}
         connections.close();
         self.app.sockets.close();
         let drained = async {
@@ -114,10 +122,10 @@ impl Server {
 }
 
 struct Acceptor {
-    router: Router,
+    site: Arc<Site>,
+    tls: Option<TlsAcceptor>,
     connections: TaskTracker,
     slots: Arc<Semaphore>,
-    closing: CancellationToken,
     cut: CancellationToken,
 }
 
@@ -129,22 +137,19 @@ impl Acceptor {
                 Some((slot, listener.accept().await))
             };
             let next = tokio::select! {
-                () = self.closing.cancelled() => return,
+                () = self.site.app.closing.cancelled() => return,
                 next = accepted => next,
             };
             match next {
-                Some((slot, Ok((stream, _peer)))) => {
-                    // Small answers must not wait for an acknowledgement of the
-                    // one before.
-                    stream.set_nodelay(true).ok();
+                Some((slot, Ok((stream, peer)))) => {
+                    prepare(&stream);
+                    let arrival = Arrival { peer: peer.ip().to_canonical(), scheme: scheme(self.tls.as_ref()) };
                     let stream = Lingering::new(stream, self.connections.clone(), self.cut.clone());
-                    self.connections.spawn(serve_connection(
-                        stream,
-                        slot,
-                        self.router.clone(),
-                        self.closing.clone(),
-                        self.cut.clone(),
-                    ));
+                    let served = self.serve(stream, arrival);
+                    self.connections.spawn(async move {
+                        served.await;
+                        drop(slot);
+                    });
                 }
                 Some((_slot, Err(error))) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -156,48 +161,34 @@ impl Acceptor {
     }
 }
 
-async fn serve_connection(
-    stream: Lingering,
-    _slot: OwnedSemaphorePermit,
-    router: Router,
-    closing: CancellationToken,
-    cut: CancellationToken,
-) {
-    let service = service_fn(move |request: Request<Incoming>| {
-        let mut router = router.clone();
-        async move { Ok::<_, Infallible>(Service::call(&mut router, request).await.unwrap_or_else(|never| match never {})) }
-    });
-    let builder = connection_builder();
-    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-    tokio::pin!(connection);
-    let result = tokio::select! {
-        result = connection.as_mut() => result,
-        () = closing.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            tokio::select! {
-                result = connection.as_mut() => result,
-                () = cut.cancelled() => return,
+impl Acceptor {
+    fn serve(&self, stream: Lingering, arrival: Arrival) -> impl Future<Output = ()> + Send + use<> {
+        let (site, tls, cut) = (Arc::clone(&self.site), self.tls.clone(), self.cut.clone());
+        async move {
+            let Some(tls) = tls else { return connection::serve(stream, site, arrival, cut).await };
+            match tokio::time::timeout(HANDSHAKE_TIME, tls.accept(stream)).await {
+                Ok(Ok(stream)) => connection::serve(stream, site, arrival, cut).await,
+                Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+                Err(_) => tracing::debug!("a TLS handshake took too long"),
             }
         }
-    };
-    if let Err(error) = result {
-        // Clients that go away mid-request are ordinary.
-        tracing::debug!(%error, "a connection ended early");
     }
 }
 
-fn connection_builder() -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(H2_STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(H2_CONNECTION_WINDOW_BYTES)
-        .max_frame_size(H2_MAX_FRAME_BYTES)
-        .max_concurrent_streams(H2_MAX_STREAMS)
-        .keep_alive_interval(H2_KEEPALIVE);
-    builder
+fn scheme<T>(tls: Option<T>) -> Scheme {
+    if tls.is_some() { Scheme::Https } else { Scheme::Http }
+}
+
+fn prepare(stream: &TcpStream) {
+    // Small answers must not wait for an acknowledgement of the one before.
+    stream.set_nodelay(true).ok();
+    // Tunnels and event streams may say nothing for hours.
+    rustix::net::sockopt::set_socket_keepalive(stream, true).ok();
+    rustix::net::sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE).ok();
+}
+
+fn addresses(listeners: &[TcpListener]) -> Vec<SocketAddr> {
+    listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
 }
 
 async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, ServerError> {

@@ -1,8 +1,8 @@
 //! Rust client of StacyVM's REST API.
 //!
 //! It covers every call of the API: sandboxes, commands (buffered, streamed and
-//! interactive), files of any size, archives, templates, quotas, events and the
-//! server about itself. Bodies are those of `stacyvm-api`; errors carry the
+//! interactive), files of any size, archives, ports, templates, quotas, events and
+//! the server about itself. Bodies are those of `stacyvm-api`; errors carry the
 //! server's code, message, hint and request id.
 //!
 //! Nothing here has a deadline of its own beyond connecting: a command may run
@@ -29,6 +29,7 @@ mod event;
 mod exec;
 mod file;
 mod lines;
+mod port;
 mod quota;
 mod sandbox;
 mod system;
@@ -40,5 +41,6 @@ pub use error::{ApiError, ClientError};
 pub use event::{EventStream, EventsOptions};
 pub use exec::{Channel, ExecEvent, ExecStream, Exit};
 pub use file::{Download, UploadOptions, WatchOptions, WatchStream};
+pub use port::Forwarded;
 pub use sandbox::{Page, SandboxClient};
 pub use terminal::{Terminal, TerminalInput, TerminalOutput, TerminalSize};

@@ -3,8 +3,7 @@
 use reqwest::Method;
 use reqwest::header::HeaderName;
 use stacyvm_api::{
-    AdmissionDecision, CreateRequest, Duration, ExtendRequest, ListQuery, Port, PruneResult, Sandbox, SandboxId,
-    SandboxStats,
+    AdmissionDecision, CreateRequest, Duration, ExtendRequest, ListQuery, PruneResult, Sandbox, SandboxId, SandboxStats,
 };
 
 use crate::{Client, ClientError};
@@ -95,12 +94,6 @@ impl SandboxClient {
 
     pub async fn stats(&self) -> Result<SandboxStats, ClientError> {
         self.client.get(&["sandboxes", self.id.as_str(), "stats"]).await
-    }
-
-    /// TCP ports that something listens on inside, in order.
-    pub async fn ports(&self) -> Result<Vec<u16>, ClientError> {
-        let ports: Vec<Port> = self.client.get(&["sandboxes", self.id.as_str(), "ports"]).await?;
-        Ok(ports.into_iter().map(|port| port.port).collect())
     }
 
     /// The last lines of all commands' output.

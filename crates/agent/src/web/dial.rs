@@ -4,17 +4,21 @@
 //! sandbox's user.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use hyper_util::server::conn::auto;
 use rustix::io::Errno;
 use stacyvm_envd::http::{DIAL_PROTOCOL, PORT, UNIX, USERNAME};
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
+use super::relay::relay;
 use super::upload::Upload;
 use super::{empty, query_value};
 use crate::files::blocking;
@@ -25,8 +29,14 @@ use crate::{Failure, Sandbox, net};
 /// Nothing on loopback takes longer, unless its backlog is full.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
 
-/// Moved at once, in each direction.
+/// Moved at once, in each direction, where bytes have to be copied.
 const COPY_BYTES: usize = 64 << 10;
+
+/// What was dialed.
+enum Far {
+    Port(TcpStream),
+    Unix(UnixStream),
+}
 
 pub(crate) async fn dial(sandbox: &Sandbox, mut request: Request<Upload>) -> Result<Response<Body>, Failure> {
     let asked = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok());
@@ -39,13 +49,13 @@ pub(crate) async fn dial(sandbox: &Sandbox, mut request: Request<Upload>) -> Res
             let port = port.parse().ok().filter(|port| *port > 0);
             let port = port.ok_or_else(|| Failure::InvalidArgument("not a port".to_owned()))?;
             let stream = connect_port(sandbox, port).await?;
-            pipe(&mut request, stream);
+            join(&mut request, Far::Port(stream));
         }
         (None, Some(path)) => {
             let identity = sandbox.identity(query_value(query, USERNAME).as_deref())?;
             let path = identity.resolve_path(&path)?;
             let stream = connect_unix(path, identity).await?;
-            pipe(&mut request, stream);
+            join(&mut request, Far::Unix(stream));
         }
         _ => return Err(Failure::InvalidArgument("`port` or `unix` says what to dial".to_owned())),
     }
@@ -93,11 +103,30 @@ async fn connect_unix(path: PathBuf, identity: Identity) -> Result<UnixStream, F
 }
 
 /// Once the answer is sent, the connection is the stream.
-fn pipe(request: &mut Request<Upload>, mut stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+fn join(request: &mut Request<Upload>, far: Far) {
     let upgrade = hyper::upgrade::on(request);
     tokio::spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
-        let mut client = TokioIo::new(upgraded);
-        let _ = copy_bidirectional_with_sizes(&mut client, &mut stream, COPY_BYTES, COPY_BYTES).await;
+        // Either side may go away at any time.
+        let _ended = match auto::upgrade::downcast::<TokioIo<UnixStream>>(upgraded) {
+            Ok(near) => splice(near.io.into_inner(), near.read_buf, far).await,
+            Err(near) => copy(TokioIo::new(near), far).await,
+        };
     });
+}
+
+async fn splice(near: UnixStream, first: Bytes, far: Far) -> io::Result<()> {
+    let far = match far {
+        Far::Port(stream) => OwnedFd::from(stream.into_std()?),
+        Far::Unix(stream) => OwnedFd::from(stream.into_std()?),
+    };
+    relay(near.into_std()?.into(), first, far).await
+}
+
+async fn copy(mut near: impl AsyncRead + AsyncWrite + Unpin, far: Far) -> io::Result<()> {
+    let copied = match far {
+        Far::Port(mut stream) => copy_bidirectional_with_sizes(&mut near, &mut stream, COPY_BYTES, COPY_BYTES).await,
+        Far::Unix(mut stream) => copy_bidirectional_with_sizes(&mut near, &mut stream, COPY_BYTES, COPY_BYTES).await,
+    };
+    copied.map(drop)
 }

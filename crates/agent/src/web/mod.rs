@@ -4,6 +4,7 @@ pub(crate) mod archive;
 pub(crate) mod dial;
 pub(crate) mod files;
 pub(crate) mod info;
+mod relay;
 mod upload;
 
 pub(crate) use upload::Upload;

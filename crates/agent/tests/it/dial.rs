@@ -44,6 +44,53 @@ async fn a_port_and_a_socket_carry_bytes_both_ways() {
 }
 
 #[tokio::test]
+async fn either_side_may_leave_and_the_other_hears_of_it() {
+    let agent = Agent::start();
+    let tcp = TcpListener::bind("127.0.0.1:0").await.expect("loopback is there");
+    let target = DialTarget::Port(tcp.local_addr().expect("bound").port());
+    let mut near = agent.session.dial(target.clone()).await.expect("it listens");
+    let (far, _) = tcp.accept().await.expect("a connection");
+    drop(far);
+    let mut rest = Vec::new();
+    near.read_to_end(&mut rest).await.expect("an end");
+
+    let near = agent.session.dial(target.clone()).await.expect("it listens");
+    let (mut far, _) = tcp.accept().await.expect("a connection");
+    drop(near);
+    let flood = vec![7; 1 << 20];
+    let left = async { while far.write_all(&flood).await.is_ok() {} };
+    tokio::time::timeout(std::time::Duration::from_secs(20), left).await.expect("nobody reads any more");
+    // What was written to nobody has not harmed the agent.
+    agent.session.ping().await.expect("the agent lives");
+    let mut near = agent.session.dial(target).await.expect("it listens");
+    let (mut far, _) = tcp.accept().await.expect("a connection");
+    far.write_all(b"x").await.expect("it is read");
+    assert_eq!(near.read_u8().await.expect("a byte"), b'x');
+}
+
+#[tokio::test]
+async fn who_does_not_read_holds_the_other_up_and_nobody_else() {
+    let agent = Agent::start();
+    let tcp = TcpListener::bind("127.0.0.1:0").await.expect("loopback is there");
+    let target = DialTarget::Port(tcp.local_addr().expect("bound").port());
+    let mut slow = agent.session.dial(target.clone()).await.expect("it listens");
+    let (mut far, _) = tcp.accept().await.expect("a connection");
+    let all: Vec<u8> = (0..8u32 << 20).map(|number| (number % 251) as u8).collect();
+    let sent = all.clone();
+    let writer = tokio::spawn(async move {
+        far.write_all(&sent).await.expect("it is read in the end");
+    });
+    let mut other = agent.session.dial(target).await.expect("it listens");
+    let (mut far, _) = tcp.accept().await.expect("a connection");
+    far.write_all(b"y").await.expect("it is read");
+    assert_eq!(other.read_u8().await.expect("a byte"), b'y');
+    assert!(!writer.is_finished(), "eight megabytes do not fit in between");
+    let mut back = Vec::new();
+    slow.read_to_end(&mut back).await.expect("everything");
+    assert!(back == all, "every byte in its place");
+}
+
+#[tokio::test]
 async fn a_closed_port_says_so() {
     let agent = Agent::start();
     let free = TcpListener::bind("127.0.0.1:0").await.expect("loopback is there").local_addr().expect("bound").port();

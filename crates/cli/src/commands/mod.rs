@@ -7,6 +7,7 @@ mod create;
 mod events;
 mod exec;
 mod extend;
+mod forward;
 mod health;
 mod image;
 mod inspect;
@@ -14,6 +15,7 @@ mod kill;
 mod list;
 mod logs;
 mod ports;
+mod preview;
 mod providers;
 mod ps;
 mod run;
@@ -92,6 +94,8 @@ enum Command {
     Stats(stats::StatsArgs),
     Events(events::EventsArgs),
     Ports(ports::PortsArgs),
+    Preview(preview::PreviewArgs),
+    Forward(forward::ForwardArgs),
     Template(template::TemplateArgs),
     Image(image::ImageArgs),
     Providers(providers::ProvidersArgs),
@@ -151,6 +155,8 @@ impl Cli {
             Command::Stats(args) => stats::run(&context, args).await,
             Command::Events(args) => events::run(&context, args).await,
             Command::Ports(args) => ports::run(&context, args).await,
+            Command::Preview(args) => preview::run(&context, args).await,
+            Command::Forward(args) => forward::run(&context, args).await,
             Command::Template(args) => template::run(&context, args).await,
             Command::Providers(args) => providers::run(&context, args).await,
             Command::Version(args) => version::run(&context, &args).await,

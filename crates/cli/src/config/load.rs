@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use crate::config::problem::{ConfigError, Problem};
 use crate::config::reserved::{Absence, RESERVED, Reserved};
-use crate::config::schema::{Config, Entry, entries, find};
+use crate::config::schema::{Config, Entry, Server, entries, find};
 use crate::config::setting::{Raw, Secret, Setting, Shape};
+use crate::config::site;
 use crate::config::source::{Keys, MAX_FILE_BYTES, Placed, parse_file};
 
 const ENV_PREFIX: &str = "STACYVM_";
@@ -257,6 +258,7 @@ fn check(config: &Config, problems: &mut Vec<Problem>) {
         ),
         Some(_) | None => {}
     }
+    check_server(&config.server, problems);
     let defaults = &config.defaults;
     if defaults.memory_mb == 0 {
         problems.push(Problem::new("defaults.memory_mb", "a sandbox needs memory").hint("write 512, for example"));
@@ -275,6 +277,27 @@ fn check(config: &Config, problems: &mut Vec<Problem>) {
         problems.push(
             Problem::new("defaults.default_exec_timeout", "is longer than defaults.max_exec_timeout")
                 .hint("lower it, or raise the other"),
+        );
+    }
+}
+
+fn check_server(server: &Server, problems: &mut Vec<Problem>) {
+    if server.tls_cert_file.is_some() != server.tls_key_file.is_some() {
+        problems.push(
+            Problem::new("server.tls_cert_file", "a certificate and its key go together")
+                .hint("set both server.tls_cert_file and server.tls_key_file"),
+        );
+    }
+    let hosts = [&server.host].into_iter().chain(&server.allowed_hosts).chain(&server.cors_allowed_origins);
+    if let Some(shared) = site::shared(&server.preview_domain, hosts.map(String::as_str)) {
+        let message = format!(
+            "previews are of one site ({}) with `{}`: what runs in a sandbox could set that host's cookies and call it \
+             as its own pages do",
+            shared.site, shared.host
+        );
+        problems.push(
+            Problem::new("server.preview_domain", message)
+                .hint("use a domain of another name for previews, such as example-preview.com"),
         );
     }
 }
@@ -422,6 +445,15 @@ mod tests {
         assert!(load_text("auth:\n  enabled: true\n", &[]).unwrap_err().contains("there is no key"));
         assert!(load_text("auth:\n  enabled: false\n  api_key: k\n", &[]).unwrap_err().contains("a key is set"));
         assert!(load_text("auth:\n  enabled: true\n  api_key: k\n", &[]).is_ok());
+    }
+
+    #[test]
+    fn previews_of_one_site_with_the_api_are_refused() {
+        let error = load_text("server: {preview_domain: p.example.com, allowed_hosts: [api.example.com]}\n", &[]);
+        assert!(error.unwrap_err().contains("one site (example.com) with `api.example.com`"));
+        let other = "server: {preview_domain: example-preview.com, allowed_hosts: [api.example.com]}\n";
+        assert!(load_text(other, &[]).is_ok());
+        assert!(load_text("server: {tls_cert_file: a.pem}\n", &[]).unwrap_err().contains("go together"));
     }
 
     #[test]

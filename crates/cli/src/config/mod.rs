@@ -11,6 +11,7 @@ mod problem;
 mod reserved;
 mod schema;
 mod setting;
+mod site;
 mod source;
 
 #[cfg(test)]

@@ -102,8 +102,17 @@ config! {
         allowed_hosts: Vec<String> = "",
         /// Origins whose pages may call the API, such as `https://app.example.com`; `*` is any, and needs a key.
         cors_allowed_origins: Vec<String> = "",
-        /// Domain below which ports of sandboxes are shown: `<port>-<sandbox>.<domain>`.
+        /// Domain below which ports of sandboxes are shown: `<port>-<sandbox>.<domain>`. With a port where browsers
+        /// see another one than this server's. Empty shows none. Not of one site with the API's hosts.
         preview_domain: String = "localhost",
+        /// How browsers see that domain when a proxy is in front, such as `https://preview.example.com`.
+        preview_url: String = "",
+        /// Port of its own where paths name previews, `/<sandbox>/<port>/`, for want of names. 0 takes a free one.
+        preview_port: Option<u16> = "",
+        /// PEM file of a certificate with its chain: TLS on every port of the server. Read again when it changes.
+        tls_cert_file: Option<PathBuf> = "",
+        /// PEM file of the certificate's key.
+        tls_key_file: Option<PathBuf> = "",
         /// Whether `/live`, `/health` and `/ready` answer without a key.
         public_probes: bool = "true",
         /// How long open requests may go on once a shutdown was asked for.

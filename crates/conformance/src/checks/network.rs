@@ -17,6 +17,7 @@ pub(super) fn checks() -> Vec<Check> {
     vec![
         check!("S57", "a port inside can be dialed and answers", [Dial, Programs], dial_port),
         check!("S58", "dialing where nothing listens is a typed error", [Dial], dial_closed),
+        check!("S74", "dialing a socket that is not there is a typed error", [Sockets], dial_missing_socket),
         check!("S59", "listening ports are listed, and closed ones no longer", [Ports, Programs], ports),
     ]
 }
@@ -70,7 +71,11 @@ async fn dial_port(cx: &Context) -> Checked {
 async fn dial_closed(cx: &Context) -> Checked {
     let subject = cx.sandbox().await?;
     let closed = |error: &SessionError| matches!(error, SessionError::PortClosed(_));
-    expect_error("port", subject.session.dial(DialTarget::Port(9)).await.map(drop), "PortClosed", closed)?;
+    expect_error("port", subject.session.dial(DialTarget::Port(9)).await.map(drop), "PortClosed", closed)
+}
+
+async fn dial_missing_socket(cx: &Context) -> Checked {
+    let subject = cx.sandbox().await?;
     let socket = DialTarget::Unix("/workspace/no-such-socket".to_owned());
     expect_error("socket", subject.session.dial(socket).await.map(drop), "PortClosed or FileNotFound", |error| {
         matches!(error, SessionError::PortClosed(_) | SessionError::FileNotFound(_))

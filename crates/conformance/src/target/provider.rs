@@ -74,7 +74,7 @@ impl Target for ProviderTarget {
             Ability::Programs => !can.imitated,
             Ability::Terminal => can.pty,
             Ability::Watch => can.watch,
-            Ability::Dial | Ability::Ports => can.dial,
+            Ability::Dial | Ability::Sockets | Ability::Ports => can.dial,
             Ability::Usage => can.stats,
         };
         (!has).then(|| format!("the `{}` runtime says that it lacks {ability}", self.provider.name()))

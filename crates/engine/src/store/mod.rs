@@ -8,6 +8,7 @@
 mod catalog;
 mod events;
 mod execs;
+mod ports;
 mod retention;
 mod rows;
 mod sandboxes;
@@ -24,6 +25,7 @@ use sqlx::sqlite::{
 };
 
 pub(crate) use events::{StoredEvent, event_id};
+pub(crate) use ports::PortSettings;
 pub(crate) use retention::EVENTS_USED_TO;
 pub(crate) use rows::{ExecRow, Idempotency, OperationRow, SandboxRow};
 pub(crate) use writer::Writer;

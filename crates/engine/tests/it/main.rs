@@ -7,5 +7,6 @@ mod execs;
 mod harness;
 mod life;
 mod limits;
+mod ports;
 mod recovery;
 mod templates;

@@ -1,6 +1,7 @@
 //! One sandbox of the mock: its files, its commands and its end.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -30,6 +31,8 @@ pub enum MockService {
     Echo,
     /// Answers every HTTP/1.1 request with this text and the request's head.
     Http(String),
+    /// What listens at this address of the host, for tests that bring a server.
+    At(SocketAddr),
 }
 
 #[derive(Debug)]

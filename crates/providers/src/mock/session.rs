@@ -15,6 +15,7 @@ use stacyvm_sandbox::{
     WatchStream, WriteOptions,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::net::TcpStream;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::faults::{Fault, MockOperation};
@@ -403,6 +404,10 @@ async fn serve(service: MockService, mut io: DuplexStream) -> std::io::Result<()
             let (mut reader, mut writer) = tokio::io::split(io);
             tokio::io::copy(&mut reader, &mut writer).await?;
             writer.shutdown().await
+        }
+        MockService::At(address) => {
+            let mut server = TcpStream::connect(address).await?;
+            tokio::io::copy_bidirectional(&mut io, &mut server).await.map(drop)
         }
         MockService::Http(text) => {
             let mut head = Vec::new();

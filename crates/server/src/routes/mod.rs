@@ -6,6 +6,7 @@ mod exec;
 mod exec_socket;
 mod exec_stream;
 mod file;
+mod port;
 mod provider;
 mod quota;
 mod sandbox;
@@ -20,9 +21,9 @@ use http::StatusCode;
 use stacyvm_api::{
     AdmissionDecision, ChmodRequest, CreateRequest, Event, ExecRequest, ExecResult, ExtendRequest, FileInfo, Health,
     HostStats, ListQuery, MakeDirRequest, MoveRequest, OwnerQuota, OwnerQuotaRequest, OwnerUsage, PoolStatus, Port,
-    ProcessSummary, ProviderDetail, ProviderHealth, PruneResult, QuotaSummary, Readiness, ResizeRequest, Sandbox,
-    SandboxStats, SignalRequest, StatusBody, StdinRequest, StreamChunk, Template, TemplateSpawnRequest, Version,
-    WatchEvent, WriteRequest,
+    PortLink, PortLinkRequest, PortRequest, ProcessSummary, ProviderDetail, ProviderHealth, PruneResult, QuotaSummary,
+    Readiness, ResizeRequest, Sandbox, SandboxStats, SignalRequest, StatusBody, StdinRequest, StreamChunk, Template,
+    TemplateSpawnRequest, Version, WatchEvent, WriteRequest,
 };
 
 use crate::App;
@@ -38,6 +39,7 @@ const OCTETS: &str = "application/octet-stream";
 pub(crate) fn table() -> Vec<Route> {
     let mut all = Vec::new();
     all.extend(sandboxes());
+    all.extend(ports());
     all.extend(commands());
     all.extend(files());
     all.extend(templates());
@@ -101,8 +103,38 @@ fn sandboxes() -> Vec<Route> {
                 .query::<sandbox::LogsQuery>()
                 .gives_list::<String>("Lines, oldest first."),
         ),
-        get("/sandboxes/{id}/ports", Read, sandbox::ports)
-            .doc(Doc::new("sandbox_ports", "List the TCP ports that listen inside").gives_list::<Port>("Ports.")),
+    ]
+}
+
+fn ports() -> Vec<Route> {
+    use Scope::{Api, Read};
+    vec![
+        get("/sandboxes/{id}/ports", Read, port::list).doc(
+            Doc::new("sandbox_ports", "List the TCP ports that listen inside")
+                .text("Each with the address of its preview and who may open it.")
+                .gives_list::<Port>("Ports."),
+        ),
+        get("/sandboxes/{id}/ports/{port}", Read, port::get)
+            .doc(Doc::new("get_port", "Show a port").gives::<Port>("The port, whether or not something listens.")),
+        put("/sandboxes/{id}/ports/{port}", Api, port::set).body(BodyRule::Json).doc(
+            Doc::new("set_port", "Say who may open a port's preview")
+                .text("Without it: anybody while the server has no key, else holders of a link or a key.")
+                .takes::<PortRequest>()
+                .gives::<Port>("The port."),
+        ),
+        post("/sandboxes/{id}/ports/{port}/link", Api, port::link).body(BodyRule::OptionalJson).doc(
+            Doc::new("link_port", "Make a signed link that opens a port's preview for a while")
+                .takes::<PortLinkRequest>()
+                .gives_with::<PortLink>(StatusCode::CREATED, "The link."),
+        ),
+        get("/sandboxes/{id}/ports/{port}/forward", Api, port::forward).doc(
+            Doc::new("forward_port", "Open a raw connection to a port")
+                .text(
+                    "Needs `Connection: upgrade` and `Upgrade: stacyvm-forward`; after 101 the connection's bytes are \
+                     the port's, each direction until its end.",
+                )
+                .gives_nothing(StatusCode::SWITCHING_PROTOCOLS, "Bytes follow."),
+        ),
     ]
 }
 

@@ -4,8 +4,8 @@ use axum::extract::State;
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use stacyvm_api::{
-    AdmissionDecision, CreateRequest, ExtendRequest, ListQuery, Port, PruneResult, Sandbox as SandboxBody,
-    SandboxStats, StatusBody,
+    AdmissionDecision, CreateRequest, ExtendRequest, ListQuery, PruneResult, Sandbox as SandboxBody, SandboxStats,
+    StatusBody,
 };
 use stacyvm_engine::{CreateOptions, Destroyed};
 
@@ -105,10 +105,4 @@ pub(super) async fn logs(
     let asked = query.lines.and_then(|text| text.trim().parse::<usize>().ok()).filter(|lines| *lines > 0);
     let lines = asked.unwrap_or(DEFAULT_LOG_LINES).min(MAX_LOG_LINES);
     Ok(Reply::ok(app.engine.console(&caller, &id, lines).await?))
-}
-
-pub(super) async fn ports(State(app): State<App>, From(caller): From, Sandbox(id): Sandbox) -> Answer<Vec<Port>> {
-    let session = app.engine.session(&caller, &id).await?;
-    let ports = session.ports().await.map_err(stacyvm_engine::EngineError::from)?;
-    Ok(Reply::ok(ports.into_iter().map(|port| Port { port }).collect()))
 }

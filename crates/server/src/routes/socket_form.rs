@@ -152,7 +152,7 @@ pub(super) fn error_message(failure: &ApiError) -> TerminalServerMessage {
     TerminalServerMessage::Error {
         code: failure.code(),
         message: failure.message().to_owned(),
-        hint: failure.what_to_do().map(str::to_owned),
+        hint: failure.hint_text().map(str::to_owned),
     }
 }
 

@@ -10,6 +10,7 @@ fn path_of(route: &RouteInfo) -> String {
         .path
         .replace("{id}", "sb-00000000000000000000")
         .replace("{exec_id}", "ex-00000000000000000000")
+        .replace("{port}", "3000")
         .replace("{name}", "none")
         .replace("{owner_id}", "nobody")
         .replace("{*path}", "index.html")

@@ -267,7 +267,8 @@ async fn logs_stats_and_ports_report_what_is_inside() {
     }
     let stats = fixture.get(&format!("/sandboxes/{id}/stats")).await.expect(200);
     assert!(stats["supported"].is_boolean(), "{stats}");
-    assert_eq!(fixture.get(&format!("/sandboxes/{id}/ports")).await.expect(200), json!([{ "port": 7 }]));
+    let port = json!({ "port": 7, "listening": true, "access": "public" });
+    assert_eq!(fixture.get(&format!("/sandboxes/{id}/ports")).await.expect(200), json!([port]));
 }
 
 #[tokio::test]

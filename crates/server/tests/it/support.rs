@@ -9,7 +9,7 @@ use serde_json::Value;
 use stacyvm_engine::{Engine, EngineOptions, ServerSecret};
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_server::{Secret, Server, ServerOptions};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -39,6 +39,8 @@ pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut
 
 pub(crate) struct Fixture {
     pub(crate) address: SocketAddr,
+    /// Where paths name previews.
+    pub(crate) preview_address: Option<SocketAddr>,
     pub(crate) mock: MockProvider,
     pub(crate) engine: Engine,
     api_key: Option<String>,
@@ -85,11 +87,21 @@ impl Fixture {
         let options = ServerOptions { port: 0, ..setup.server };
         let server = Server::bind(options, engine.clone()).await.unwrap();
         let address = server.addresses()[0];
+        let preview_address = server.preview_addresses().first().copied();
         let (stop, stopped) = oneshot::channel();
         let server = tokio::spawn(server.serve(async {
             stopped.await.ok();
         }));
-        Self { address, mock, engine, api_key: None, stop: Some(stop), server: Some(server), _data: data }
+        Self {
+            address,
+            preview_address,
+            mock,
+            engine,
+            api_key: None,
+            stop: Some(stop),
+            server: Some(server),
+            _data: data,
+        }
     }
 
     /// Requests carry this key from now on.
@@ -160,6 +172,12 @@ pub(crate) struct Request {
 }
 
 impl Request {
+    /// To another listener.
+    pub(crate) fn to(mut self, address: SocketAddr) -> Self {
+        self.address = address;
+        self
+    }
+
     /// Replaces a header of that name; an empty value removes it.
     pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.retain(|(known, _)| !known.eq_ignore_ascii_case(name));
@@ -271,11 +289,11 @@ impl Answer {
 }
 
 /// An answer whose body is still coming.
-pub(crate) struct Live {
+pub(crate) struct Live<S = TcpStream> {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) trailers: Vec<(String, String)>,
-    reader: BufReader<TcpStream>,
+    reader: BufReader<S>,
     framing: Framing,
 }
 
@@ -287,6 +305,12 @@ enum Framing {
 
 impl Live {
     pub(crate) async fn read(socket: TcpStream) -> Self {
+        Self::of(socket).await
+    }
+}
+
+impl<S: AsyncRead + Unpin> Live<S> {
+    pub(crate) async fn of(socket: S) -> Self {
         let mut reader = BufReader::new(socket);
         let mut line = String::new();
         reader.read_line(&mut line).await.unwrap();
@@ -360,7 +384,7 @@ impl Live {
     }
 }
 
-async fn read_fields(reader: &mut BufReader<TcpStream>) -> Vec<(String, String)> {
+async fn read_fields(reader: &mut BufReader<impl AsyncRead + Unpin>) -> Vec<(String, String)> {
     let mut fields = Vec::new();
     loop {
         let mut line = String::new();

@@ -137,7 +137,7 @@ async fn answer(
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
     let server = bind(config, engine).await?;
-    announce(output, config, server.addresses(), chosen)?;
+    announce(output, config, &server.addresses(), chosen)?;
     server.serve(signals.first()).await;
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use stacyvm_api::NetworkMode;
 use stacyvm_engine::{EngineOptions, Limits, Retention, SandboxDefaults, ServerSecret, SpawnOverflow};
 use stacyvm_image::ImageStoreOptions;
-use stacyvm_server::{AdminFallback, ProbeAccess, Secret, ServerOptions};
+use stacyvm_server::{AdminFallback, PreviewOptions, ProbeAccess, Secret, ServerOptions, TlsFiles};
 
 use crate::commands::version;
 use crate::config::{Config, DatabaseDriver, Environment, OverflowMode};
@@ -83,7 +83,16 @@ pub(super) fn server(config: &Config) -> ServerOptions {
         probes: if settings.public_probes { ProbeAccess::Public } else { ProbeAccess::Authenticated },
         allowed_hosts: settings.allowed_hosts.clone(),
         cors_origins: settings.cors_allowed_origins.clone(),
-        preview_domain: non_blank(&settings.preview_domain),
+        preview: PreviewOptions {
+            domain: non_blank(&settings.preview_domain),
+            url: non_blank(&settings.preview_url),
+            path_port: settings.preview_port,
+        },
+        tls: settings
+            .tls_cert_file
+            .clone()
+            .zip(settings.tls_key_file.clone())
+            .map(|(certificate, key)| TlsFiles { certificate, key }),
         version: version::this(),
         shutdown_grace: settings.shutdown_timeout.get(),
         ..ServerOptions::default()

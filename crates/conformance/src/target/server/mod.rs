@@ -64,8 +64,8 @@ impl Target for ServerTarget {
             Ability::Programs => !self.has("imitated"),
             Ability::Terminal => self.has("pty"),
             Ability::Watch => self.has("watch"),
-            Ability::Dial => return Some("the REST API has no call that dials a port".to_owned()),
-            Ability::Ports => self.has("dial"),
+            Ability::Sockets => return Some("the REST API has no call that dials a unix socket".to_owned()),
+            Ability::Dial | Ability::Ports => self.has("dial"),
             Ability::Usage => self.has("stats"),
         };
         (!has).then(|| format!("the server says that provider `{}` lacks {ability}", self.provider.name))
@@ -154,6 +154,7 @@ fn session_error(error: ClientError, operation: &'static str) -> SessionError {
         Some(ErrorCode::FileNotFound) => SessionError::FileNotFound(message),
         Some(ErrorCode::FileConflict) => SessionError::FileConflict(message),
         Some(ErrorCode::FileForbidden) => SessionError::FileForbidden(message),
+        Some(ErrorCode::PortClosed) => SessionError::PortClosed(message),
         Some(ErrorCode::Timeout) => SessionError::DeadlineExceeded,
         Some(ErrorCode::SandboxPidsExhausted) => SessionError::PidsExhausted,
         Some(ErrorCode::SandboxOom) => SessionError::MemoryExhausted,

@@ -206,12 +206,16 @@ impl Session for ServerSession {
         Ok(changes.boxed())
     }
 
-    async fn dial(&self, _target: DialTarget) -> Result<Box<dyn AgentIo>, SessionError> {
-        Err(SessionError::Unsupported("dialing over the REST API"))
+    async fn dial(&self, target: DialTarget) -> Result<Box<dyn AgentIo>, SessionError> {
+        match target {
+            DialTarget::Port(port) => Ok(Box::new(self.sandbox.forward(port).await.map_err(failed("dial a port"))?)),
+            DialTarget::Unix(_) => Err(SessionError::Unsupported("dialing a unix socket over the REST API")),
+        }
     }
 
     async fn ports(&self) -> Result<Vec<u16>, SessionError> {
-        self.sandbox.ports().await.map_err(failed("list ports"))
+        let ports = self.sandbox.ports().await.map_err(failed("list ports"))?;
+        Ok(ports.into_iter().map(|port| port.port).collect())
     }
 
     async fn set_deadline(&self, _expires_at: Timestamp) -> Result<(), SessionError> {

@@ -1,0 +1,200 @@
+//! Who may open a preview, and the exchange of a link for a cookie.
+//!
+//! A port is public, or wants a token: the API key, a signed token in a header
+//! or in the address, or the cookie that a browser gets for the latter. Browsers
+//! are sent on to the address without the token, so that neither the page nor
+//! the places it links to ever see it.
+
+use http::request::Parts;
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
+use stacyvm_api::{PortAccess, Timestamp};
+
+use super::address::{Address, Domain};
+use super::token::Signer;
+use crate::auth::Authenticator;
+
+/// Parameter of an address that carries a token.
+pub(crate) const TOKEN_PARAMETER: &str = "stacyvm_token";
+
+/// Header of a program that carries a token (e2b-compat 2).
+pub(super) const TOKEN_HEADER: HeaderName = HeaderName::from_static("e2b-traffic-access-token");
+
+/// The prefix keeps other hosts, guests of them included, from setting it.
+pub(super) const COOKIE: &str = "__Host-stacyvm-preview";
+
+const SEC_FETCH_SITE: &str = "sec-fetch-site";
+const SEC_FETCH_MODE: &str = "sec-fetch-mode";
+
+/// Cookies of one request that are looked at: a browser sends one of a name.
+const MAX_COOKIES: usize = 8;
+
+/// What happens to a request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Decision {
+    Admit,
+    /// The browser goes on to the address without its token.
+    Exchange {
+        location: HeaderValue,
+        cookie: Option<HeaderValue>,
+    },
+    Refuse(Refusal),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// Nothing was shown.
+    NoToken,
+    /// What was shown has expired, or is not for this port.
+    BadToken,
+    /// The cookie is good, but another site's page made the request.
+    ForeignPage,
+}
+
+/// Where previews are, as far as access is concerned.
+pub(super) struct Door<'a> {
+    pub(super) authenticator: &'a Authenticator,
+    pub(super) signer: &'a Signer,
+    /// Cookies need a host of their own; without it there are none.
+    pub(super) domain: Option<&'a Domain>,
+    pub(super) now: Timestamp,
+}
+
+impl Door<'_> {
+    pub(super) fn decide(&self, head: &Parts, address: &Address, access: PortAccess) -> Decision {
+        // A page can read its own address, so that only what is sent on counts.
+        let tokens = if self.domain.is_some() { tokens_of(&head.uri) } else { Vec::new() };
+        let good = |token: &[u8]| self.signer.verify(token, address, self.now);
+        let in_address = tokens.iter().find_map(|token| good(token.as_bytes()).map(|end| (*token, end)));
+        let public = access == PortAccess::Public;
+        if !tokens.is_empty() && is_navigation(head) && (public || in_address.is_some()) {
+            let cookie = in_address.and_then(|(token, end)| self.cookie(token, end));
+            return Decision::Exchange { location: without_token(&head.uri), cookie };
+        }
+        if public || in_address.is_some() || self.authenticator.knows(&head.headers) {
+            return Decision::Admit;
+        }
+        let header = head.headers.get(TOKEN_HEADER);
+        if header.is_some_and(|token| good(token.as_bytes()).is_some()) {
+            return Decision::Admit;
+        }
+        let Some(domain) = self.domain else {
+            return Decision::Refuse(if header.is_none() { Refusal::NoToken } else { Refusal::BadToken });
+        };
+        let cookies = cookie_values(&head.headers);
+        match (cookies.iter().any(|cookie| good(cookie).is_some()), is_own_page(head, address, domain)) {
+            (true, true) => Decision::Admit,
+            (true, false) => Decision::Refuse(Refusal::ForeignPage),
+            (false, _) if tokens.is_empty() && header.is_none() && cookies.is_empty() => {
+                Decision::Refuse(Refusal::NoToken)
+            }
+            (false, _) => Decision::Refuse(Refusal::BadToken),
+        }
+    }
+
+    fn cookie(&self, token: &str, end: Timestamp) -> Option<HeaderValue> {
+        let seconds = end.since(self.now).as_secs();
+        // In a frame of another site the cookie belongs to that site's pages
+        // alone (`Partitioned`), so that it need not be the browser's choice
+        // whether frames have cookies.
+        let text = format!("{COOKIE}={token}; Path=/; Max-Age={seconds}; Secure; HttpOnly; SameSite=None; Partitioned");
+        HeaderValue::try_from(text).ok()
+    }
+}
+
+/// Takes everything out that a guest must not see: our cookie, our tokens and
+/// the API's keys.
+pub(super) fn strip_secrets(headers: &mut HeaderMap) {
+    for name in crate::auth::KEY_HEADERS {
+        headers.remove(name);
+    }
+    headers.remove(TOKEN_HEADER);
+    // HTTP/2 may split the cookies; HTTP/1.1 wants them in one field
+    // (RFC 9113 8.2.3).
+    let mut kept: Vec<u8> = Vec::new();
+    for pair in cookie_pairs(headers).filter(|pair| our_cookie(pair).is_none()) {
+        if !kept.is_empty() {
+            kept.extend_from_slice(b"; ");
+        }
+        kept.extend_from_slice(pair);
+    }
+    headers.remove(header::COOKIE);
+    if let (false, Ok(value)) = (kept.is_empty(), HeaderValue::from_bytes(&kept)) {
+        headers.insert(header::COOKIE, value);
+    }
+}
+
+/// The path and query of the guest's own: without our parameter.
+pub(super) fn guest_path(uri: &Uri) -> PathAndQuery {
+    let whole = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    let Some(query) = uri.query().filter(|query| query.split('&').any(is_token)) else { return whole };
+    let rest: Vec<&str> = query.split('&').filter(|parameter| !is_token(parameter)).collect();
+    let text = if rest.is_empty() { uri.path().to_owned() } else { format!("{}?{}", uri.path(), rest.join("&")) };
+    text.parse().unwrap_or_else(|_| PathAndQuery::from_static("/"))
+}
+
+/// Where the browser goes on: always on this host.
+fn without_token(uri: &Uri) -> HeaderValue {
+    let path = guest_path(uri);
+    // `//host/` would lead away, and browsers read a backslash as a slash; the
+    // dot segment disappears (RFC 3986 5.2.4).
+    let leads_away = path.as_str().as_bytes().get(1).is_some_and(|second| matches!(second, b'/' | b'\\'));
+    let text = if leads_away { format!("/.{path}") } else { path.to_string() };
+    HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("/"))
+}
+
+fn tokens_of(uri: &Uri) -> Vec<&str> {
+    let parameters = uri.query().into_iter().flat_map(|query| query.split('&'));
+    parameters.filter(|parameter| is_token(parameter)).filter_map(|parameter| parameter.split('=').nth(1)).collect()
+}
+
+fn is_token(parameter: &str) -> bool {
+    parameter.strip_prefix(TOKEN_PARAMETER).is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+}
+
+fn cookie_pairs(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
+    let values = headers.get_all(header::COOKIE).into_iter();
+    values
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b';'))
+        .map(<[u8]>::trim_ascii)
+        .filter(|it| !it.is_empty())
+}
+
+fn cookie_values(headers: &HeaderMap) -> Vec<&[u8]> {
+    cookie_pairs(headers).filter_map(our_cookie).take(MAX_COOKIES).collect()
+}
+
+/// The value, when the pair is our cookie.
+pub(super) fn our_cookie(pair: &[u8]) -> Option<&[u8]> {
+    let at = pair.iter().position(|byte| *byte == b'=').unwrap_or(pair.len());
+    let (name, value) = pair.split_at(at);
+    name.trim_ascii().eq_ignore_ascii_case(COOKIE.as_bytes()).then(|| value.get(1..).unwrap_or_default().trim_ascii())
+}
+
+/// Somebody goes to the address, in a window or a frame.
+fn is_navigation(head: &Parts) -> bool {
+    if !matches!(head.method, Method::GET | Method::HEAD) {
+        return false;
+    }
+    match head.headers.get(SEC_FETCH_MODE) {
+        Some(mode) => mode == "navigate",
+        // Older browsers do not say; programs do not ask for pages.
+        None => !head.headers.contains_key(header::UPGRADE) && super::page::wants_page(&head.headers),
+    }
+}
+
+/// A cookie that browsers send for any page counts only when a page of the same
+/// sandbox made the request, or when somebody goes to the address. Without this
+/// the page of another sandbox, which is of the same site, could act with it.
+fn is_own_page(head: &Parts, address: &Address, domain: &Domain) -> bool {
+    if let Some(origin) = head.headers.get(header::ORIGIN) {
+        let text = origin.to_str().unwrap_or_default();
+        let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+        let page = host.and_then(|host| domain.address(&host.parse().ok()?));
+        return page.is_some_and(|page| page.id == address.id);
+    }
+    match head.headers.get(SEC_FETCH_SITE).map(HeaderValue::as_bytes) {
+        None | Some(b"same-origin" | b"none") => true,
+        Some(_) => is_navigation(head),
+    }
+}

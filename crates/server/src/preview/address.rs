@@ -1,0 +1,184 @@
+//! Which port of which sandbox a request means.
+//!
+//! In `Host`: `{port}-{sandbox}.{domain}`, the form that SDKs print. An id may
+//! be written without its `sb-`, because the ids of E2B's SDKs have no dash. In
+//! the path, on a listener of its own: `/{sandbox}/{port}/…`.
+
+use http::uri::{Authority, PathAndQuery};
+use stacyvm_api::SandboxId;
+
+/// Begins every id that the engine makes.
+const ID_PREFIX: &str = "sb-";
+
+/// One port of one sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Address {
+    pub(crate) id: SandboxId,
+    pub(crate) port: u16,
+}
+
+/// The domain below which previews are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Domain {
+    /// In lower case.
+    name: String,
+    /// As browsers see it, where that differs from the listener's.
+    pub(crate) port: Option<u16>,
+}
+
+impl Domain {
+    /// `preview.example.com`, or with a port.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let authority: Authority = text.parse().ok()?;
+        let name = authority.host().trim_end_matches('.').to_ascii_lowercase();
+        let is_label = |label: &str| {
+            !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+        };
+        let plain = !text.contains('@') && authority.port().is_none_or(|port| port.as_str() != "");
+        (plain && name.split('.').all(is_label)).then(|| Self { name, port: authority.port_u16() })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The host name of a preview.
+    pub(crate) fn host(&self, address: &Address) -> String {
+        format!("{}-{}.{}", address.port, address.id, self.name)
+    }
+
+    /// The preview that a host names.
+    pub(crate) fn address(&self, host: &Authority) -> Option<Address> {
+        // Nobody but an attacker writes a user in front.
+        if host.as_str().contains('@') {
+            return None;
+        }
+        let host = host.host().strip_suffix('.').unwrap_or(host.host());
+        let at = host.len().checked_sub(self.name.len() + 1)?;
+        let (label, below) = host.split_at_checked(at)?;
+        let is_below = below.strip_prefix('.').is_some_and(|name| name.eq_ignore_ascii_case(&self.name));
+        if !is_below || label.contains('.') {
+            return None;
+        }
+        let label = label.to_ascii_lowercase();
+        let (port, id) = label.split_once('-')?;
+        Some(Address { id: sandbox_id(id)?, port: port_number(port)? })
+    }
+}
+
+/// A preview named by a path, and the path that is left.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum PathForm {
+    At(Address, PathAndQuery),
+    /// `/{sandbox}/{port}` without the slash: relative links would go wrong.
+    NeedsSlash(String),
+}
+
+impl PathForm {
+    pub(crate) fn parse(path: &PathAndQuery) -> Option<Self> {
+        let text = path.as_str();
+        let mut parts = path.path().strip_prefix('/')?.splitn(3, '/');
+        let (id, port, rest) = (parts.next()?, parts.next()?, parts.next());
+        let address = Address { id: sandbox_id(id)?, port: port_number(port)? };
+        // What is behind the first two segments, with its query.
+        let behind = &text[id.len() + port.len() + 2..];
+        match rest {
+            Some(_) => Some(Self::At(address, behind.parse().ok()?)),
+            None => Some(Self::NeedsSlash(format!("/{id}/{port}/{behind}"))),
+        }
+    }
+}
+
+/// What goes in front of a path on the listener for paths.
+pub(crate) fn path_prefix(address: &Address) -> String {
+    format!("/{}/{}", address.id, address.port)
+}
+
+fn sandbox_id(text: &str) -> Option<SandboxId> {
+    if text.starts_with(ID_PREFIX) { text.parse().ok() } else { format!("{ID_PREFIX}{text}").parse().ok() }
+}
+
+/// Digits only and without leading zeros, so that a port has one name.
+fn port_number(text: &str) -> Option<u16> {
+    let plain = !text.starts_with('0') && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|_| plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: &str = "sb-4f9k2m0x7c1v8b3n5q6w";
+
+    fn at(domain: &str, host: &str) -> Option<(String, u16)> {
+        let domain = Domain::parse(domain).unwrap();
+        domain.address(&host.parse().unwrap()).map(|address| (address.id.to_string(), address.port))
+    }
+
+    #[test]
+    fn hosts_name_a_port_of_a_sandbox() {
+        let wanted = Some((ID.to_owned(), 3000));
+        for host in [
+            "3000-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "3000-sb-4f9k2m0x7c1v8b3n5q6w.localhost:7423",
+            "3000-sb-4f9k2m0x7c1v8b3n5q6w.localhost.",
+            "3000-SB-4F9K2M0X7C1V8B3N5Q6W.LocalHost",
+            "3000-4f9k2m0x7c1v8b3n5q6w.localhost",
+        ] {
+            assert_eq!(at("localhost", host), wanted, "{host}");
+        }
+        assert_eq!(at("p.example.com:8080", "3000-4f9k2m0x7c1v8b3n5q6w.p.example.com"), wanted);
+    }
+
+    #[test]
+    fn other_hosts_are_no_previews() {
+        for host in [
+            "localhost",
+            "localhost:7423",
+            "127.0.0.1",
+            "[::1]",
+            "foo.localhost",
+            "3000.localhost",
+            "3000-.localhost",
+            "-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "0-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "080-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "+80-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "65536-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "a.3000-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "3000-sb-4f9k2m0x7c1v8b3n5q6w.localhost.evil.example",
+            "3000-sb-4f9k2m0x7c1v8b3n5q6w.evillocalhost",
+            "user@3000-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "3000-sb-4f9k2m0x7c1v8b3n5q6w",
+        ] {
+            assert_eq!(at("localhost", host), None, "{host}");
+        }
+    }
+
+    #[test]
+    fn domains_are_names() {
+        for text in ["localhost", "localhost:80", "Preview.Example.com."] {
+            assert!(Domain::parse(text).is_some(), "{text}");
+        }
+        for text in ["", ".", "a..b", "http://a", "a/b", "a@b", "[::1]", "a:", "*.a"] {
+            assert_eq!(Domain::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn paths_name_a_port_of_a_sandbox() {
+        let form = |path: &str| PathForm::parse(&path.parse().unwrap());
+        let address = Address { id: ID.parse().unwrap(), port: 8080 };
+        let path = |rest: &str| Some(PathForm::At(address.clone(), rest.parse().unwrap()));
+        assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080/"), path("/"));
+        assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080/a/b?c=/d"), path("/a/b?c=/d"));
+        assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080//a"), path("//a"));
+        let slash = PathForm::NeedsSlash("/sb-4f9k2m0x7c1v8b3n5q6w/8080/?x=/".to_owned());
+        assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080?x=/"), Some(slash));
+        for text in ["/", "/sb-4f9k2m0x7c1v8b3n5q6w", "/sb-4f9k2m0x7c1v8b3n5q6w/", "/a b/80/", "/A/1/", "/a/0/", "*"] {
+            if let Ok(path) = text.parse::<PathAndQuery>() {
+                assert_eq!(PathForm::parse(&path), None, "{text}");
+            }
+        }
+    }
+}

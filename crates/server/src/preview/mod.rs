@@ -1,0 +1,381 @@
+//! Live preview: what listens on a port inside a sandbox, as a site of its own.
+//!
+//! ```text
+//! browser ─► address ─► access ─► headers ─► exchange ─► pool ─► agent ─► port
+//!            (which)    (may it)  (cleaned)  (one request)  │
+//!    ▲                                                      └─► tunnel (WebSockets)
+//!    └─────────── page (401, 404, 502) or headers + body ◄──┘
+//! ```
+//!
+//! Everything goes through the agent's dial, so it works on every runtime and
+//! without a network. Both sides are strangers: a guest never sees a key, token
+//! or cookie of ours, and cannot reach the cookies of other hosts; a request for
+//! a preview never reaches the API, whose guards refuse what previews send it.
+
+mod access;
+mod address;
+mod body;
+mod exchange;
+mod headers;
+mod page;
+mod pool;
+mod token;
+mod tunnel;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::response::Response;
+use http::request::Parts;
+use http::uri::Authority;
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, header};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use stacyvm_api::{ErrorCode, PortAccess, Timestamp};
+use stacyvm_engine::Engine;
+
+use crate::error::ApiError;
+use crate::options::{PreviewOptions, ServerOptions};
+use crate::{App, ServerError};
+pub(crate) use access::TOKEN_PARAMETER;
+use access::{Decision, Door, Refusal};
+pub(crate) use address::{Address, Domain};
+use address::{PathForm, path_prefix};
+use body::{Consent, GuestBody, RequestBody};
+pub(crate) use exchange::dial_failure;
+use exchange::{Connections, Exchanged, exchange};
+use headers::Origin;
+use pool::{Lease, Pool};
+use token::Signer;
+pub(crate) use tunnel::relay;
+
+/// The agent's, by the name it has in E2B's SDKs. A guest that listens there
+/// must not be taken for it.
+pub(crate) const AGENT_PORT: u16 = 49983;
+
+const EVENT_STREAM: &str = "text/event-stream";
+
+/// Everything about previews that requests share.
+pub(crate) struct Previews {
+    /// Without one, only the listener for paths shows previews.
+    domain: Option<Domain>,
+    base: Option<Base>,
+    default_access: PortAccess,
+    pub(crate) signer: Signer,
+    pub(crate) pool: Arc<Pool>,
+}
+
+/// How a connection came in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrival {
+    pub(crate) peer: IpAddr,
+    pub(crate) scheme: Scheme,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scheme {
+    Http,
+    Https,
+}
+
+impl Scheme {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
+
+    fn default_port(self) -> u16 {
+        match self {
+            Self::Http => 80,
+            Self::Https => 443,
+        }
+    }
+}
+
+/// What browsers write around a preview's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Base {
+    scheme: Scheme,
+    port: u16,
+}
+
+/// A request to a port and how it names it.
+struct Visit {
+    address: Address,
+    host: Authority,
+    arrival: Arrival,
+    /// The front of the path that names the port, where the path does.
+    prefix: Option<String>,
+}
+
+impl Previews {
+    /// `listener` is how this server's own listener is reached.
+    pub(crate) fn new(options: &ServerOptions, engine: &Engine, listener: (Scheme, u16)) -> Result<Self, ServerError> {
+        let PreviewOptions { domain, url, .. } = &options.preview;
+        let domain = domain
+            .as_ref()
+            .map(|text| Domain::parse(text).ok_or_else(|| ServerError::PreviewDomain(text.clone())))
+            .transpose()?;
+        let base = match (&domain, url) {
+            (None, _) => None,
+            (Some(domain), None) => Some(Base { scheme: listener.0, port: domain.port.unwrap_or(listener.1) }),
+            (Some(domain), Some(url)) => {
+                Some(Base::parse(url, domain).ok_or_else(|| ServerError::PreviewUrl(url.clone()))?)
+            }
+        };
+        let has_key = options.api_key.is_some() || options.admin_api_key.is_some();
+        Ok(Self {
+            domain,
+            base,
+            default_access: if has_key { PortAccess::Token } else { PortAccess::Public },
+            signer: Signer::new(engine.derived_key(token::KEY_PURPOSE)),
+            pool: Arc::default(),
+        })
+    }
+
+    /// The preview that a request names by its host.
+    pub(crate) fn named<B>(&self, request: &Request<B>) -> Option<(Authority, Address)> {
+        let domain = self.domain.as_ref()?;
+        let host = crate::edge::authority(request)?;
+        let address = domain.address(&host)?;
+        Some((host, address))
+    }
+
+    /// Where browsers find a port, where they can.
+    pub(crate) fn url(&self, address: &Address) -> Option<String> {
+        let (domain, base) = (self.domain.as_ref()?, self.base?);
+        if address.port == AGENT_PORT {
+            return None;
+        }
+        let (scheme, host) = (base.scheme.name(), domain.host(address));
+        let port = if base.port == base.scheme.default_port() { String::new() } else { format!(":{}", base.port) };
+        Some(format!("{scheme}://{host}{port}/"))
+    }
+
+    /// Who may open a port about which nobody said anything.
+    pub(crate) fn access(&self, set: Option<PortAccess>) -> PortAccess {
+        set.unwrap_or(self.default_access)
+    }
+
+    /// The scheme that browsers see: a proxy in front may have taken TLS off.
+    fn scheme(&self, arrival: Arrival) -> &'static str {
+        self.base.map_or(arrival.scheme, |base| base.scheme).name()
+    }
+}
+
+impl Base {
+    /// `https://preview.example.com`, of the domain that previews are below.
+    fn parse(url: &str, domain: &Domain) -> Option<Self> {
+        let url: Uri = url.parse().ok()?;
+        let scheme = match url.scheme_str()? {
+            "http" => Scheme::Http,
+            "https" => Scheme::Https,
+            _ => return None,
+        };
+        let same = url.host()?.eq_ignore_ascii_case(domain.name());
+        let port = url.port_u16().unwrap_or(scheme.default_port());
+        (same && url.path() == "/" && url.query().is_none()).then_some(Self { scheme, port })
+    }
+}
+
+/// A request whose host names a preview.
+pub(crate) async fn by_host(
+    app: &App,
+    host: Authority,
+    address: Address,
+    arrival: Arrival,
+    request: Request<Incoming>,
+) -> Response {
+    serve(app, &Visit { address, host, arrival, prefix: None }, request).await
+}
+
+/// A request on the listener where paths name previews. What it answers is
+/// never of one origin with anything.
+pub(crate) async fn by_path(app: &App, arrival: Arrival, mut request: Request<Incoming>) -> Response {
+    let wants_page = page::wants_page(request.headers());
+    let mut response = match named_by_path(app, &request) {
+        Ok((PathForm::At(address, path), host)) => {
+            let visit = Visit { prefix: Some(path_prefix(&address)), address, host, arrival };
+            *request.uri_mut() = Uri::from(path);
+            return serve(app, &visit, request).await;
+        }
+        Ok((PathForm::NeedsSlash(path), _)) => match HeaderValue::try_from(path) {
+            Ok(location) => page::redirect(location, None),
+            Err(_) => page::failure(wants_page, ApiError::bad_request("the path cannot be read")),
+        },
+        Err(failure) => page::failure(wants_page, failure),
+    };
+    headers::confine_page(response.headers_mut());
+    response
+}
+
+fn named_by_path(app: &App, request: &Request<Incoming>) -> Result<(PathForm, Authority), ApiError> {
+    let host = crate::edge::authority(request);
+    app.guard.check_host(host.as_ref())?;
+    let form = request.uri().path_and_query().and_then(PathForm::parse);
+    let unknown = || {
+        ApiError::new(ErrorCode::NotFound, "the path names no preview")
+            .hint("paths here look like /sb-4f9k2m0x7c1v8b3n5q6w/3000/")
+    };
+    form.zip(host).ok_or_else(unknown)
+}
+
+async fn serve(app: &App, visit: &Visit, request: Request<Incoming>) -> Response {
+    let wants_page = page::wants_page(request.headers());
+    match answer(app, visit, request).await {
+        Ok(response) => response,
+        Err(failure) => {
+            let mut response = page::failure(wants_page, failure);
+            if visit.prefix.is_some() {
+                headers::confine_page(response.headers_mut());
+            }
+            response
+        }
+    }
+}
+
+async fn answer(app: &App, visit: &Visit, mut request: Request<Incoming>) -> Result<Response, ApiError> {
+    let address = &visit.address;
+    check_target(address, request.method())?;
+    let access = app.previews.access(app.engine.reachable_port(&address.id, address.port)?);
+    let upgrade = hyper::upgrade::on(&mut request);
+    let (head, body) = request.into_parts();
+    let door = Door {
+        authenticator: &app.auth,
+        signer: &app.previews.signer,
+        domain: app.previews.domain.as_ref().filter(|_| visit.prefix.is_none()),
+        now: Timestamp::now(),
+    };
+    match door.decide(&head, address, access) {
+        Decision::Admit => forward(app, visit, head, body, upgrade).await,
+        Decision::Exchange { location, cookie } => Ok(page::redirect(location, cookie)),
+        Decision::Refuse(refusal) => Err(refused(refusal, address)),
+    }
+}
+
+fn check_target(address: &Address, method: &Method) -> Result<(), ApiError> {
+    if address.port == AGENT_PORT {
+        return Err(ApiError::new(ErrorCode::NotFound, format!("port {AGENT_PORT} is the agent's and has no preview"))
+            .hint("listen on another port"));
+    }
+    if method == Method::CONNECT {
+        return Err(ApiError::new(ErrorCode::MethodNotAllowed, "this is no forward proxy")
+            .hint("`stacyvm forward` gives a local port for a port inside a sandbox"));
+    }
+    Ok(())
+}
+
+fn refused(refusal: Refusal, address: &Address) -> ApiError {
+    let Address { id, port } = address;
+    let (code, message) = match refusal {
+        Refusal::NoToken => (ErrorCode::Unauthorized, format!("port {port} of sandbox {id} is not public")),
+        Refusal::BadToken => (
+            ErrorCode::Unauthorized,
+            format!("this link to port {port} of sandbox {id} has expired, or is for another port"),
+        ),
+        Refusal::ForeignPage => (
+            ErrorCode::Forbidden,
+            format!("a page of another site may not use your session on port {port} of sandbox {id}"),
+        ),
+    };
+    ApiError::new(code, message).hint(format!("`stacyvm preview {id} {port}` prints a link that opens it"))
+}
+
+/// Passes an admitted request on, and its answer back.
+async fn forward(
+    app: &App,
+    visit: &Visit,
+    mut head: Parts,
+    body: Incoming,
+    upgrade: OnUpgrade,
+) -> Result<Response, ApiError> {
+    let prefix = visit.prefix.as_deref();
+    let wanted = if head.version == Version::HTTP_11 { headers::wanted_upgrade(&head.headers) } else { None };
+    let consent = headers::lists(&head.headers, &header::EXPECT, "100-continue").then(Consent::default);
+    let origin = Origin {
+        host: &visit.host,
+        scheme: app.previews.scheme(visit.arrival),
+        peer: visit.arrival.peer,
+        version: head.version,
+        prefix,
+    };
+    headers::for_guest(&mut head.headers, &origin);
+    if let Some(protocol) = &wanted {
+        headers::set_upgrade(&mut head.headers, protocol.clone());
+    }
+    let mut request = Request::new(RequestBody::new(body, consent.as_ref()));
+    *request.method_mut() = head.method;
+    *request.uri_mut() = Uri::from(access::guest_path(&head.uri));
+    *request.headers_mut() = head.headers;
+    if let Some(consent) = consent.clone() {
+        hyper::ext::on_informational(&mut request, move |interim| {
+            if interim.status() == StatusCode::CONTINUE {
+                consent.give();
+            }
+        });
+    }
+    let connections = if wanted.is_some() { Connections::Fresh } else { Connections::Kept };
+    let exchanged = exchange(&app.previews.pool, &app.engine, &visit.address, request, connections).await;
+    if let Some(consent) = consent {
+        consent.settle();
+    }
+    let exchanged = exchanged.map_err(|error| exchange::failure(error, &visit.address))?;
+    if exchanged.response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return switch(app, visit, exchanged, wanted.as_ref(), upgrade);
+    }
+    Ok(pass_back(app, visit, exchanged))
+}
+
+fn pass_back(app: &App, visit: &Visit, exchanged: Exchanged) -> Response {
+    let Exchanged { response, connection, progress } = exchanged;
+    let (mut head, incoming) = response.into_parts();
+    headers::for_browser(&mut head.headers, visit.prefix.as_deref());
+    head.version = Version::HTTP_11;
+    head.extensions.clear();
+    let lease = Lease::new(Arc::clone(&app.previews.pool), visit.address.clone(), connection, progress);
+    let mut body = GuestBody::new(incoming, lease);
+    if is_event_stream(&head.headers) {
+        body = body.ends_with(&app.closing);
+    }
+    Response::from_parts(head, Body::new(body))
+}
+
+/// The guest takes up a protocol that was asked for.
+fn switch(
+    app: &App,
+    visit: &Visit,
+    exchanged: Exchanged,
+    wanted: Option<&HeaderValue>,
+    browser: OnUpgrade,
+) -> Result<Response, ApiError> {
+    let Exchanged { mut response, connection, .. } = exchanged;
+    let Address { id, port } = &visit.address;
+    let chosen = response.headers().get(header::UPGRADE).cloned();
+    let agreed = chosen.filter(|chosen| wanted.is_some_and(|wanted| offers(wanted, chosen)));
+    let protocol = agreed.ok_or_else(|| {
+        let message = format!("what listens on port {port} of sandbox {id} switched to a protocol nobody asked for");
+        ApiError::new(ErrorCode::BadGateway, message)
+    })?;
+    let guest = hyper::upgrade::on(&mut response);
+    let (mut head, _none) = response.into_parts();
+    headers::for_browser(&mut head.headers, visit.prefix.as_deref());
+    headers::set_upgrade(&mut head.headers, protocol);
+    head.version = Version::HTTP_11;
+    head.extensions.clear();
+    tunnel::join(app, browser, guest, connection);
+    Ok(Response::from_parts(head, Body::empty()))
+}
+
+/// Whether the answer's protocol is among the offered ones.
+fn offers(offered: &HeaderValue, chosen: &HeaderValue) -> bool {
+    let mut list = HeaderMap::with_capacity(1);
+    list.insert(header::UPGRADE, offered.clone());
+    chosen.to_str().is_ok_and(|chosen| headers::lists(&list, &header::UPGRADE, chosen.trim()))
+}
+
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(EVENT_STREAM.as_bytes()))
+}

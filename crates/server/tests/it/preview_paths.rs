@@ -1,0 +1,97 @@
+//! Previews by path, on a listener of their own.
+
+use serde_json::json;
+use stacyvm_server::{PreviewOptions, Secret, ServerOptions};
+
+use crate::guest::{Guest, PORT, Preview, field, previews};
+use crate::support::{Answer, Request};
+
+const POLICY: &str = "sandbox allow-scripts allow-forms allow-popups allow-downloads";
+
+fn with_paths() -> ServerOptions {
+    let preview = PreviewOptions { path_port: Some(0), ..previews().preview };
+    ServerOptions { preview, ..ServerOptions::default() }
+}
+
+impl Preview {
+    /// A request on the listener for paths.
+    fn by_path(&self, method: &str, path: &str) -> Request {
+        let address = self.fixture.preview_address.unwrap();
+        self.fixture.request(method, path).to(address).header("Host", &format!("localhost:{}", address.port()))
+    }
+
+    fn path(&self, rest: &str) -> String {
+        format!("/{}/{PORT}{rest}", self.id)
+    }
+}
+
+/// Whatever it is, its page is of no origin that matters.
+fn is_confined(answer: &Answer) {
+    let policies = answer.headers.iter().filter(|(name, _)| name == "content-security-policy");
+    assert!(policies.clone().any(|(_, value)| value == POLICY), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_path_names_a_port_and_the_guest_sees_the_rest_of_it() {
+    let preview = Preview::with_options(&Guest::echoing().await, with_paths()).await;
+    let answer = preview.by_path("GET", &preview.path("/a/b?c=1")).header("Cookie", "shared=1").send().await;
+    let head = answer.text();
+    assert!(answer.status == 200 && head.starts_with("GET /a/b?c=1 HTTP/1.1\r\n"), "{head}");
+    assert_eq!(field(head, "x-forwarded-prefix"), Some(preview.path("").as_str()));
+    assert_eq!(field(head, "cookie"), None, "all guests share the host's cookies");
+    is_confined(&answer);
+
+    let bare = preview.by_path("GET", &preview.path("?x=1")).send().await;
+    assert_eq!((bare.status, bare.header("location")), (303, Some(preview.path("/?x=1").as_str())));
+    is_confined(&bare);
+}
+
+#[tokio::test]
+async fn what_a_guest_answers_stays_below_its_path() {
+    let answer = "HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\nSet-Cookie: a=1\r\n\
+                  Content-Security-Policy: default-src 'self'\r\n\r\n";
+    let preview = Preview::with_options(&Guest::answering(answer).await, with_paths()).await;
+    let answer = preview.by_path("GET", &preview.path("/")).send().await;
+    assert_eq!((answer.status, answer.header("location")), (302, Some(preview.path("/login").as_str())));
+    assert_eq!(answer.header("set-cookie"), None);
+    assert_eq!(answer.header("content-security-policy"), Some("default-src 'self'"), "its own policy holds too");
+    is_confined(&answer);
+}
+
+#[tokio::test]
+async fn the_listener_shows_previews_and_nothing_else() {
+    let preview = Preview::with_options(&Guest::echoing().await, with_paths()).await;
+    for path in ["/", "/api/v1/sandboxes", "/api/v1/live", "/metrics", "/sb-00000000000000000000/3000/", "/x/y/z"] {
+        let answer = preview.by_path("GET", path).send().await;
+        assert_eq!(answer.failure(), (404, "NOT_FOUND".to_owned()), "{path}");
+        is_confined(&answer);
+    }
+    let page = preview.by_path("GET", &format!("/{}/8080/", preview.id)).header("Accept", "text/html").send().await;
+    assert!(page.status == 502 && page.text().contains("nothing listens"), "{page:?}");
+    is_confined(&page);
+    for host in ["evil.example".to_owned(), preview.host(PORT)] {
+        let answer = preview.by_path("GET", &preview.path("/")).header("Host", &host).send().await;
+        assert_eq!(answer.failure(), (403, "FORBIDDEN".to_owned()), "{host}");
+        is_confined(&answer);
+    }
+    let main = preview.fixture.request("GET", &preview.path("/")).send().await;
+    assert_eq!(main.failure().0, 404, "and the API's listener knows no such paths");
+}
+
+#[tokio::test]
+async fn a_token_counts_where_the_page_cannot_read_it() {
+    let options = ServerOptions { api_key: Secret::new("the-key"), ..with_paths() };
+    let guest = Guest::echoing().await;
+    let preview = Preview::on(&guest, crate::support::Fixture::with_options(options).await.with_key("the-key")).await;
+    let link = preview.fixture.post(&format!("/sandboxes/{}/ports/{PORT}/link", preview.id), &json!({})).await;
+    let token = link.expect(201)["token"].as_str().unwrap().to_owned();
+    let stranger = |path: &str| preview.by_path("GET", &preview.path(path)).header("X-API-Key", "");
+    assert_eq!(stranger("/").send().await.failure().0, 401);
+    assert_eq!(stranger(&format!("/?stacyvm_token={token}")).send().await.failure().0, 401);
+    let cookie = format!("__Host-stacyvm-preview={token}");
+    assert_eq!(stranger("/").header("Cookie", &cookie).send().await.failure().0, 401);
+    let opened = stranger("/").header("e2b-traffic-access-token", &token).send().await;
+    assert!(opened.status == 200 && !opened.text().contains(&token), "{opened:?}");
+    let opened = stranger("/").header("X-API-Key", "the-key").send().await;
+    assert!(opened.status == 200 && !opened.text().contains("the-key"), "{opened:?}");
+}

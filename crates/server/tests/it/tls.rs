@@ -1,0 +1,119 @@
+//! TLS on the server's own listener.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rcgen::{CertifiedKey, generate_simple_self_signed};
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use stacyvm_engine::{Engine, EngineOptions, ServerSecret};
+use stacyvm_providers::mock::MockProvider;
+use stacyvm_server::{Server, ServerError, ServerOptions, TlsFiles};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+
+use crate::guest::{Guest, PORT, Preview, field, previews};
+use crate::support::{Live, eventually, within};
+
+/// Writes a certificate for every local name; what it is.
+fn certify(directory: &Path) -> CertificateDer<'static> {
+    let names = ["localhost".to_owned(), "*.localhost".to_owned()];
+    let CertifiedKey { cert, signing_key } = generate_simple_self_signed(names).unwrap();
+    std::fs::write(directory.join("cert.pem"), cert.pem()).unwrap();
+    std::fs::write(directory.join("key.pem"), signing_key.serialize_pem()).unwrap();
+    cert.der().clone()
+}
+
+fn files(directory: &Path) -> TlsFiles {
+    TlsFiles { certificate: directory.join("cert.pem"), key: directory.join("key.pem") }
+}
+
+/// Connects, trusting only this certificate.
+async fn connect(
+    preview: &Preview,
+    trusted: &CertificateDer<'static>,
+    protocol: &[u8],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(trusted.clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let mut config = builder.with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let stream = TcpStream::connect(preview.fixture.address).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    within(tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream)).await
+}
+
+#[tokio::test]
+async fn previews_and_the_api_are_served_over_tls() {
+    let directory = tempfile::tempdir().unwrap();
+    let certificate = certify(directory.path());
+    let fixture =
+        crate::support::Fixture::with_options(ServerOptions { tls: Some(files(directory.path())), ..previews() }).await;
+    let id = fixture.engine.create(&Default::default(), Default::default(), Default::default()).await.unwrap().id;
+    let guest = Guest::echoing().await;
+    fixture.mock.listen(&id, PORT, stacyvm_providers::mock::MockService::At(guest.address));
+    let preview = Preview { fixture, id: id.to_string() };
+
+    let mut stream = connect(&preview, &certificate, b"http/1.1").await.unwrap();
+    let request = format!("GET /page HTTP/1.1\r\nHost: {}\r\n\r\n", preview.host(PORT));
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut live = within(Live::of(&mut stream)).await;
+    let head = String::from_utf8(live.rest().await).unwrap();
+    assert!(live.status == 200 && head.starts_with("GET /page "), "{head}");
+    assert_eq!(field(&head, "x-forwarded-proto"), Some("https"));
+
+    let request = format!("GET /api/v1/sandboxes/{id}/ports/3000 HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut live = within(Live::of(&mut stream)).await;
+    let port: serde_json::Value = serde_json::from_slice(&live.rest().await).unwrap();
+    assert_eq!(port["url"].as_str(), Some(format!("https://{}/", preview.host(PORT)).as_str()));
+
+    let stream = connect(&preview, &certificate, b"h2").await.unwrap();
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+    let mut plain = TcpStream::connect(preview.fixture.address).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    within(plain.read_to_end(&mut answer)).await.ok();
+    assert!(!answer.starts_with(b"HTTP"), "plain HTTP is not spoken here");
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_taken_in_and_a_broken_one_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let old = certify(directory.path());
+    let options = ServerOptions { tls: Some(files(directory.path())), ..previews() };
+    let fixture = crate::support::Fixture::with_options(options).await;
+    let preview = Preview { fixture, id: "sb-00000000000000000000".to_owned() };
+    assert!(connect(&preview, &old, b"http/1.1").await.is_ok());
+    std::fs::write(directory.path().join("cert.pem"), "broken").unwrap();
+    let new = certify(directory.path());
+    eventually("the new certificate is shown", || async { connect(&preview, &new, b"http/1.1").await.ok() }).await;
+    assert!(connect(&preview, &old, b"http/1.1").await.is_err());
+}
+
+#[tokio::test]
+async fn files_that_hold_no_certificate_are_refused_at_start() {
+    let directory = tempfile::tempdir().unwrap();
+    certify(directory.path());
+    let other = tempfile::tempdir().unwrap();
+    certify(other.path());
+    let data = tempfile::tempdir().unwrap();
+    let engine = EngineOptions::new(data.path().join("stacyvm.db"), ServerSecret::new([7; 32]), "mock");
+    let engine = Engine::start(engine, vec![Arc::new(MockProvider::new("mock"))]).await.unwrap();
+    let empty = directory.path().join("empty");
+    std::fs::write(&empty, "").unwrap();
+    for (certificate, key) in [
+        (directory.path().join("missing"), directory.path().join("key.pem")),
+        (empty, directory.path().join("key.pem")),
+        (directory.path().join("cert.pem"), directory.path().join("cert.pem")),
+        (directory.path().join("cert.pem"), other.path().join("key.pem")),
+    ] {
+        let tls = Some(TlsFiles { certificate, key });
+        let options = ServerOptions { port: 0, tls: tls.clone(), ..ServerOptions::default() };
+        let refused = Server::bind(options, engine.clone()).await.err();
+        assert!(matches!(refused, Some(ServerError::Tls(_))), "{tls:?}: {refused:?}");
+    }
+}
