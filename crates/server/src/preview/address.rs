@@ -29,13 +29,15 @@ pub(crate) struct Domain {
 impl Domain {
     /// `preview.example.com`, or with a port.
     pub(crate) fn parse(text: &str) -> Option<Self> {
-        let authority: Authority = text.parse().ok()?;
-        let name = authority.host().trim_end_matches('.').to_ascii_lowercase();
+        let (name, port) = match text.split_once(':') {
+            Some((name, port)) => (name, Some(port_number(port)?)),
+            None => (text, None),
+        };
+        let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
         let is_label = |label: &str| {
             !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
         };
-        let plain = !text.contains('@') && authority.port().is_none_or(|port| port.as_str() != "");
-        (plain && name.split('.').all(is_label)).then(|| Self { name, port: authority.port_u16() })
+        name.split('.').all(is_label).then_some(Self { name, port })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -160,7 +162,7 @@ mod tests {
         for text in ["localhost", "localhost:80", "Preview.Example.com."] {
             assert!(Domain::parse(text).is_some(), "{text}");
         }
-        for text in ["", ".", "a..b", "http://a", "a/b", "a@b", "[::1]", "a:", "*.a"] {
+        for text in ["", ".", "a..b", "http://a", "a/b", "a@b", "[::1]", "a:", "a:0", "a:http", "a:1:2", "*.a"] {
             assert_eq!(Domain::parse(text), None, "{text}");
         }
     }
