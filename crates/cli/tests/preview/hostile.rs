@@ -39,7 +39,8 @@ async fn a_page_in_a_preview_cannot_drive_the_api() {
              document.body.append(frame); const form = document.createElement('form'); form.method = 'POST'; \
              form.action = '{api}{exec}'; form.enctype = 'text/plain'; form.target = 'sink'; \
              const field = document.createElement('input'); field.name = '{command}'; form.append(field); \
-             document.body.append(form); frame.onload = () => done('sent'); form.submit(); }})"
+             document.body.append(form); frame.onload = () => {{ frame.remove(); done('sent'); }}; \
+             form.submit(); }})"
         );
         assert_eq!(page.evaluate(&form).await, Ok(json!("sent")));
         let address = api.replacen("http", "ws", 1);

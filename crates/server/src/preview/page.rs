@@ -92,6 +92,7 @@ const STYLE: &str = "\
 body { margin: 0; min-height: 100vh; display: grid; place-items: center; }
 main { max-width: 34rem; padding: 2rem; }
 h1 { font-size: 1.25rem; margin: 0 0 .75rem; overflow-wrap: anywhere; }
+h1::first-letter, p::first-letter { text-transform: uppercase; }
 p { margin: .5rem 0; opacity: .75; }
 .status { font: 600 .875rem ui-monospace, monospace; margin: 0; }
 .wait { font-size: .875rem; }
