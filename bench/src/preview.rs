@@ -38,9 +38,12 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// One way to the server.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Rates {
-    pub(crate) down_mb_s: f64,
-    pub(crate) up_mb_s: f64,
-    pub(crate) requests_s: f64,
+    /// In MB/s.
+    pub(crate) down: f64,
+    /// In MB/s.
+    pub(crate) up: f64,
+    /// Keep-alive requests per second.
+    pub(crate) requests: f64,
 }
 
 pub(crate) struct Preview {
@@ -68,9 +71,9 @@ pub(crate) async fn measure(setup: &Setup, bytes: u64) -> anyhow::Result<Preview
 
 impl Rates {
     fn best_of(&mut self, round: &Self) {
-        self.down_mb_s = self.down_mb_s.max(round.down_mb_s);
-        self.up_mb_s = self.up_mb_s.max(round.up_mb_s);
-        self.requests_s = self.requests_s.max(round.requests_s);
+        self.down = self.down.max(round.down);
+        self.up = self.up.max(round.up);
+        self.requests = self.requests.max(round.requests);
     }
 }
 
@@ -140,18 +143,18 @@ impl Endpoint {
         let mut connection = self.connect().await?;
         let start = Instant::now();
         let received = connection.get(&format!("/bytes/{bytes}")).await?;
-        let down_mb_s = megabytes / start.elapsed().as_secs_f64();
+        let down = megabytes / start.elapsed().as_secs_f64();
         ensure!(received == bytes, "{received} of {bytes} bytes came");
         let start = Instant::now();
         connection.post(bytes).await?;
-        let up_mb_s = megabytes / start.elapsed().as_secs_f64();
+        let up = megabytes / start.elapsed().as_secs_f64();
         let start = Instant::now();
         try_join_all((0..CLIENTS).map(|_| tokio::spawn(ask_often(self.clone()))))
             .await?
             .into_iter()
             .collect::<Result<Vec<()>, _>>()?;
-        let requests_s = (CLIENTS * REQUESTS_PER_CLIENT) as f64 / start.elapsed().as_secs_f64();
-        Ok(Rates { down_mb_s, up_mb_s, requests_s })
+        let requests = (CLIENTS * REQUESTS_PER_CLIENT) as f64 / start.elapsed().as_secs_f64();
+        Ok(Rates { down, up, requests })
     }
 }
 
@@ -210,17 +213,14 @@ pub(crate) async fn serve(port: u16) -> anyhow::Result<()> {
 async fn talk(mut stream: BufReader<TcpStream>) -> anyhow::Result<()> {
     while let Some(head) = read_head(&mut stream).await? {
         let target = head.split(' ').nth(1).unwrap_or_default();
-        match target.strip_prefix("/bytes/") {
-            Some(count) => {
-                let count: u64 = count.parse()?;
-                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {count}\r\n\r\n");
-                stream.write_all(head.as_bytes()).await?;
-                write_bytes(stream.get_mut(), count).await?;
-            }
-            None => {
-                discard(&mut stream, content_length(&head)?).await?;
-                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await?;
-            }
+        if let Some(count) = target.strip_prefix("/bytes/") {
+            let count: u64 = count.parse()?;
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {count}\r\n\r\n");
+            stream.write_all(head.as_bytes()).await?;
+            write_bytes(stream.get_mut(), count).await?;
+        } else {
+            discard(&mut stream, content_length(&head)?).await?;
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await?;
         }
     }
     Ok(())
@@ -252,7 +252,7 @@ async fn read_head(stream: &mut BufReader<TcpStream>) -> anyhow::Result<Option<S
 
 fn content_length(head: &str) -> anyhow::Result<u64> {
     let length = head.lines().find_map(|line| line.strip_prefix("content-length:"));
-    Ok(length.map(str::trim).unwrap_or("0").parse()?)
+    Ok(length.map_or("0", str::trim).parse()?)
 }
 
 async fn discard(stream: &mut BufReader<TcpStream>, mut left: u64) -> anyhow::Result<()> {

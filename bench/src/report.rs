@@ -125,7 +125,7 @@ impl Report {
         println!("  server memory {before} MiB before, {peak} MiB at most");
         println!();
         self.results.push(json!({
-            "name": "transfer", "bytes": transfer.bytes, "up_mb_s": up, "down_mb_s": down,
+            "name": "transfer", "bytes": transfer.bytes, "up": up, "down": down,
             "server_before_kib": transfer.server_before_kib, "server_peak_kib": transfer.server_peak_kib,
         }));
     }
@@ -135,9 +135,9 @@ impl Report {
         println!("{:<26} {:>10} {:>10} {:>7}   promised", "", "direct", "preview", "ratio");
         let Preview { direct, preview } = measured;
         for (name, direct, preview, promised) in [
-            ("down, MB/s", direct.down_mb_s, preview.down_mb_s, ">= 400, >= 25 %"),
-            ("up, MB/s", direct.up_mb_s, preview.up_mb_s, ">= 400, >= 25 %"),
-            ("keep-alive requests/s", direct.requests_s, preview.requests_s, ">= 5000"),
+            ("down, MB/s", direct.down, preview.down, ">= 400, >= 25 %"),
+            ("up, MB/s", direct.up, preview.up, ">= 400, >= 25 %"),
+            ("keep-alive requests/s", direct.requests, preview.requests, ">= 5000"),
         ] {
             let percent = preview / direct * 100.0;
             println!("{name:<26} {direct:>10.0} {preview:>10.0} {percent:>5.0} %   {promised}");

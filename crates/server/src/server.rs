@@ -159,9 +159,7 @@ impl Acceptor {
             }
         }
     }
-}
 
-impl Acceptor {
     fn serve(&self, stream: Lingering, arrival: Arrival) -> impl Future<Output = ()> + Send + use<> {
         let (site, tls, cut) = (Arc::clone(&self.site), self.tls.clone(), self.cut.clone());
         async move {
@@ -175,7 +173,7 @@ impl Acceptor {
     }
 }
 
-fn scheme<T>(tls: Option<T>) -> Scheme {
+fn scheme<T>(tls: Option<&T>) -> Scheme {
     if tls.is_some() { Scheme::Https } else { Scheme::Http }
 }
 

@@ -11,6 +11,8 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::descriptor::watch_descriptor;
+
 /// What a direction holds at most. A sandbox with very many connections gets
 /// smaller pipes from the kernel, which works too (`pipe(7)`).
 const PIPE_BYTES: usize = 256 << 10;
@@ -31,7 +33,7 @@ struct Socket(AsyncFd<OwnedFd>);
 
 impl Socket {
     fn new(socket: OwnedFd) -> io::Result<Self> {
-        AsyncFd::new(socket).map(Self)
+        watch_descriptor(socket).map(Self)
     }
 
     async fn when<T>(&self, interest: Interest, act: impl Fn(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {

@@ -121,6 +121,18 @@ async fn the_page_about_images_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_page_about_previews_runs() {
+    let server = Server::shared().await;
+    let (_, port) = server.url.rsplit_once(':').expect("a port");
+    let script = Page::open("docs/preview.md").script().replace("7423", port);
+    let ran = run_script(&server.site, &server.url, &script).await;
+    assert!(
+        ran.stdout().contains(&format!(".localhost:{port}/")) && ran.stdout().contains("Directory listing"),
+        "{ran}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_page_about_the_contract_suite_runs() {
     // A provider is driven in a data directory that no server uses.
     let (server, other): (Arc<Server>, Arc<Site>) = (Server::shared().await, Site::with_image());

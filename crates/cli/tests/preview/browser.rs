@@ -37,7 +37,7 @@ pub(crate) struct Page<'a> {
 }
 
 impl Browser {
-    pub(crate) async fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let profile = tempfile::tempdir().expect("a directory");
         let program = ["/usr/bin/chromium", "/usr/bin/chromium-browser"].into_iter().find(|it| Path::new(it).exists());
         let program = program.expect("Chromium is missing: apt-get install chromium");

@@ -33,18 +33,18 @@ async fn ports_are_shown_opened_and_forwarded() {
     assert_eq!((&public["url"], &public["access"]), (&json!(format!("http://{host}/")), &json!("public")));
     assert!(get(server.port, &host, "/").await.contains("Inside a sandbox"), "and now anybody");
 
-    let mut forward = server.command(&["--json", "forward", &id, &port, "--local-port", "0"]);
-    let mut forward = forward.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    within("it listens", BufReader::new(forward.stdout.take().unwrap()).read_line(&mut line)).await.unwrap();
-    let announced: Value = serde_json::from_str(&line).unwrap();
+    let mut tunnel = server.command(&["--json", "forward", &id, &port, "--local-port", "0"]);
+    let mut tunnel = tunnel.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut announcement = String::new();
+    within("it listens", BufReader::new(tunnel.stdout.take().unwrap()).read_line(&mut announcement)).await.unwrap();
+    let announced: Value = serde_json::from_str(&announcement).unwrap();
     let local: std::net::SocketAddr = announced["listening"].as_str().unwrap().parse().unwrap();
-    assert!(local.ip().is_loopback() && announced["port"] == PORT, "{line}");
+    assert!(local.ip().is_loopback() && announced["port"] == PORT, "{announcement}");
     for _ in 0..3 {
         let answer = get(local.port(), "anything", "/").await;
         assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("Inside a sandbox"), "{answer}");
     }
-    forward.kill().await.unwrap();
+    tunnel.kill().await.unwrap();
 
     let closed = server.command(&["forward", "sb-00000000000000000000", "80", "--local-port", "0"]).output();
     let closed = within("a refusal", closed).await.unwrap();

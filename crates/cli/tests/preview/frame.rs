@@ -37,7 +37,7 @@ async fn a_link_opens_a_port_in_a_frame_of_another_site() {
     assert!(get(server.port, &host, "/").await.starts_with("HTTP/1.1 401"), "strangers stay outside");
 
     let link = sandbox.port_link(PORT, None).await.unwrap();
-    let browser = Browser::start().await;
+    let browser = Browser::start();
     let outside = browser.open(&format!("http://127.0.0.1:{}/", embedding(&link.url).await)).await;
     // Every asset, the WebSocket and the events come with the cookie alone.
     outside.until("window.told.socket", &json!("echo: hello")).await;
@@ -70,7 +70,7 @@ async fn the_page_of_another_sandbox_cannot_use_a_session() {
     let (victim, attacker) = (server.sandbox().await, server.sandbox().await);
     site(&victim, PORT).await;
     site(&attacker, PORT).await;
-    let browser = Browser::start().await;
+    let browser = Browser::start();
     // The same person has both open.
     let page = browser.open(&victim.port_link(PORT, None).await.unwrap().url).await;
     page.until("document.title", &json!("Inside")).await;

@@ -14,7 +14,7 @@ async fn a_page_in_a_preview_cannot_drive_the_api() {
     let server = Server::start(None).await;
     let sandbox = server.sandbox().await;
     site(&sandbox, PORT).await;
-    let browser = Browser::start().await;
+    let browser = Browser::start();
     let page = browser.open(&format!("http://{}/", server.host(&sandbox, PORT))).await;
     page.until("document.title", &json!("Inside")).await;
 

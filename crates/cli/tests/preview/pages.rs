@@ -9,7 +9,7 @@ use crate::server::{PORT, Server, site, start_site};
 async fn a_browser_shows_what_a_sandbox_without_a_network_serves() {
     let server = Server::start(None).await;
     let sandbox = server.sandbox().await;
-    let browser = Browser::start().await;
+    let browser = Browser::start();
     let host = server.host(&sandbox, PORT);
     let page = browser.open(&format!("http://{host}/")).await;
 
@@ -52,7 +52,7 @@ async fn a_page_by_path_has_an_origin_of_its_own() {
     let server = Server::start(None).await;
     let sandbox = server.sandbox().await;
     site(&sandbox, PORT).await;
-    let browser = Browser::start().await;
+    let browser = Browser::start();
     let page = browser.open(&format!("http://localhost:{}/{}/{PORT}/", server.path_port, sandbox.id())).await;
     page.until("document.title", &json!("Inside")).await;
     assert_eq!(page.evaluate("self.origin").await, Ok(json!("null")));

@@ -25,7 +25,7 @@ impl Store {
             match (id.parse(), word(&row, "access")) {
                 (Ok(id), Ok(access)) => drop(settings.entry(id).or_default().insert(port, access)),
                 _ => {
-                    tracing::error!(sandbox = id, port, "the stored access of a port cannot be read and is left alone")
+                    tracing::error!(sandbox = id, port, "the stored access of a port cannot be read and is left alone");
                 }
             }
         }

@@ -90,9 +90,8 @@ impl Pool {
     /// A byte stream to the port, with a place among the sandbox's connections.
     pub(crate) async fn dial(&self, engine: &Engine, address: &Address) -> Result<Placed, DialError> {
         let room = self.room(&address.id);
-        let place = match timeout(ROOM_TIME, room.acquire_owned()).await {
-            Ok(Ok(place)) => place,
-            Ok(Err(_)) | Err(_) => return Err(DialError::Crowded(address.id.clone())),
+        let Ok(Ok(place)) = timeout(ROOM_TIME, room.acquire_owned()).await else {
+            return Err(DialError::Crowded(address.id.clone()));
         };
         // Ports do not ask who calls: their access was looked at before.
         let dial = async {

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use serde_json::json;
+use stacyvm_engine::Caller;
 use tokio::io::AsyncReadExt;
 
 use crate::guest::{Guest, PORT, Preview};
@@ -135,7 +136,7 @@ async fn a_page_of_a_preview_cannot_drive_the_api() {
     let rebound = preview.fixture.request("GET", &format!("{BASE}/sandboxes"));
     let rebound = rebound.header("Host", "evil.example").header("Sec-Fetch-Site", "same-origin").send().await;
     assert_eq!(rebound.failure().0, 403);
-    assert!(preview.fixture.engine.get(&Default::default(), &preview.id.parse().unwrap()).is_ok(), "nothing happened");
+    assert!(preview.fixture.engine.get(&Caller::default(), &preview.id.parse().unwrap()).is_ok(), "nothing happened");
 }
 
 #[tokio::test]

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
-use stacyvm_engine::{Engine, EngineOptions, ServerSecret};
+use stacyvm_api::CreateRequest;
+use stacyvm_engine::{Caller, CreateOptions, Engine, EngineOptions, ServerSecret};
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_server::{Server, ServerError, ServerOptions, TlsFiles};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -52,7 +53,8 @@ async fn previews_and_the_api_are_served_over_tls() {
     let certificate = certify(directory.path());
     let fixture =
         crate::support::Fixture::with_options(ServerOptions { tls: Some(files(directory.path())), ..previews() }).await;
-    let id = fixture.engine.create(&Default::default(), Default::default(), Default::default()).await.unwrap().id;
+    let id =
+        fixture.engine.create(&Caller::default(), CreateRequest::default(), CreateOptions::default()).await.unwrap().id;
     let guest = Guest::echoing().await;
     fixture.mock.listen(&id, PORT, stacyvm_providers::mock::MockService::At(guest.address));
     let preview = Preview { fixture, id: id.to_string() };
