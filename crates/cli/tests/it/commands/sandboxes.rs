@@ -77,9 +77,10 @@ async fn ports_that_listen_inside_are_shown() {
         (!ports.is_empty()).then_some(ports)
     })
     .await;
-    let host = format!("8123-{}.localhost", fixture.id);
-    assert_eq!((&shown[0]["port"], &shown[0]["preview_host"]), (&Value::from(8123), &Value::from(&*host)));
-    fixture.server.run(&["ports", &fixture.id]).await.ok().says(&host);
+    let (_, port) = fixture.server.url.rsplit_once(':').expect("a port");
+    let url = format!("http://8123-{}.localhost:{port}/", fixture.id);
+    assert_eq!((&shown[0]["port"], &shown[0]["url"]), (&Value::from(8123), &Value::from(&*url)));
+    fixture.server.run(&["ports", &fixture.id]).await.ok().says(&url);
     fixture.finish().await;
 }
 
