@@ -1,12 +1,12 @@
 //! From what a caller asks for to what a provider is ordered to make: template
 //! and defaults filled in, everything checked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use stacyvm_api::{CreateRequest, Disk, NetworkMode, NetworkRequest, OwnerId, Template};
+use stacyvm_api::{CreateRequest, Disk, Limit, NetworkMode, NetworkRequest, OwnerId, Template};
 use stacyvm_sandbox::{DiskRequest, NetworkPolicy, Provider};
 
 use crate::shared::Shared;
@@ -37,6 +37,7 @@ pub(crate) struct Order {
     pub(crate) pids_limit: u64,
     pub(crate) disk_size_mb: Option<u64>,
     pub(crate) disk: DiskRequest,
+    pub(crate) requested: BTreeSet<Limit>,
     pub(crate) ttl: Duration,
     pub(crate) owner: Option<OwnerId>,
     pub(crate) tenant: Option<String>,
@@ -105,6 +106,7 @@ impl Shared {
             pids_limit: positive(request.pids_limit).unwrap_or(defaults.pids_limit),
             disk_size_mb,
             disk: DiskRequest { size_mib: disk_size_mb, in_memory: request.disk == Some(Disk::Memory) },
+            requested: requested_limits(request, template),
             ttl: self.ttl_of(owner.as_ref(), ttl)?,
             owner,
             tenant: caller.tenant.clone(),
@@ -181,6 +183,22 @@ pub(crate) fn check_ttl(asked: Duration, max: Option<Duration>) -> Result<Durati
         Some(max) => Err(EngineError::Limit(LimitExceeded::Ttl { asked, max })),
         None => Ok(asked),
     }
+}
+
+/// What a request and its template ask for; the server's defaults are no request.
+fn requested_limits(request: &CreateRequest, template: Option<&Template>) -> BTreeSet<Limit> {
+    let number = |value: Option<u64>| positive(value).is_some();
+    let processors = |value: Option<f64>| value.is_some_and(|vcpus| vcpus > 0.0);
+    let of_template = |asks: &dyn Fn(&Template) -> bool| template.is_some_and(asks);
+    [
+        (Limit::Memory, number(request.memory_mb) || of_template(&|template| number(template.memory_mb))),
+        (Limit::Cpu, processors(request.vcpus) || of_template(&|t| processors(t.vcpus.or(t.cpu_cores)))),
+        (Limit::Pids, number(request.pids_limit)),
+        (Limit::Disk, number(request.disk_size_mb) || of_template(&|template| number(template.disk_size_mb))),
+    ]
+    .into_iter()
+    .filter_map(|(limit, asked)| asked.then_some(limit))
+    .collect()
 }
 
 fn template_ttl(template: &Template) -> Option<stacyvm_api::Duration> {
@@ -328,6 +346,20 @@ mod tests {
         assert_eq!(image(Some("alpine:latest"), Some(&template)), "python:3.12");
         assert_eq!(image(None, Some(&template)), "python:3.12");
         assert_eq!(image(Some("debian"), Some(&template)), "debian");
+    }
+
+    #[test]
+    fn a_limit_counts_as_asked_for_when_request_or_template_names_it() {
+        let asked = |request: &CreateRequest, template: Option<&Template>| -> Vec<Limit> {
+            requested_limits(request, template).into_iter().collect()
+        };
+        let silent = CreateRequest { memory_mb: Some(0), ..CreateRequest::default() };
+        assert_eq!(asked(&silent, None), []);
+        assert_eq!(asked(&silent, Some(&Template::default())), []);
+        let explicit = CreateRequest { vcpus: Some(0.5), pids_limit: Some(9), ..CreateRequest::default() };
+        assert_eq!(asked(&explicit, None), [Limit::Cpu, Limit::Pids]);
+        let template = Template { memory_mb: Some(64), disk_size_mb: Some(1), ..Template::default() };
+        assert_eq!(asked(&explicit, Some(&template)), [Limit::Memory, Limit::Cpu, Limit::Pids, Limit::Disk]);
     }
 
     #[test]

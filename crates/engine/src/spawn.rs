@@ -220,6 +220,7 @@ impl Shared {
             vcpus: order.vcpus,
             pids_limit: order.pids_limit,
             disk: order.disk,
+            requested: order.requested.clone(),
             network: order.network.clone(),
             env: order.env.clone(),
             user: order.user.clone(),

@@ -1,9 +1,9 @@
 //! What a provider is asked to make. Everything is resolved: defaults are
 //! applied and limits checked before a spec exists.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use stacyvm_api::{NetworkMode, Timestamp};
+use stacyvm_api::{Limit, NetworkMode, Timestamp};
 
 /// One sandbox, as the engine orders it.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,6 +16,9 @@ pub struct SandboxSpec {
     /// Processes and threads at most.
     pub pids_limit: u64,
     pub disk: DiskRequest,
+    /// Which of the limits above somebody asked for, in the request or its
+    /// template. The others are the server's defaults: held where the host can.
+    pub requested: BTreeSet<Limit>,
     pub network: NetworkPolicy,
     /// Added to the image's environment; these win.
     pub env: BTreeMap<String, String>,
@@ -24,7 +27,7 @@ pub struct SandboxSpec {
     pub hostname: String,
     /// Kept with the runtime object where the runtime has a place for it.
     pub metadata: BTreeMap<String, String>,
-    /// Make the sandbox although a limit above cannot be enforced.
+    /// Make the sandbox although a requested limit cannot be enforced.
     pub allow_unenforced: bool,
     /// When the sandbox ends unless the server extends it. The agent keeps
     /// this too and acts 60 s later on its own.

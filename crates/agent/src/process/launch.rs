@@ -202,6 +202,10 @@ fn refusal(program: &str, workdir: &str, step: Step, errno: i32) -> Failure {
         }
         (Step::Workdir, Errno::ACCESS) => Failure::FileForbidden(workdir.to_owned()),
         (Step::Workdir, error) => Failure::InvalidArgument(format!("the working directory {workdir}: {error}")),
+        // No such number in this user namespace, or (with but one) no groups.
+        (Step::User, Errno::INVAL | Errno::PERM) => Failure::InvalidArgument(
+            "this sandbox has too few uids for that user; the runtime's health says how to have more".to_owned(),
+        ),
         (Step::User, error) => Failure::Internal(format!("become the command's user: {error}")),
         (Step::Session | Step::Terminal, error) => Failure::Internal(format!("set up the command's session: {error}")),
         (Step::Exec, error) => Failure::Internal(format!("run {program}: {error}")),
@@ -236,5 +240,6 @@ mod tests {
         assert_eq!(refused(Step::Fork, Errno::AGAIN), Failure::PidsExhausted);
         assert_eq!(refused(Step::Fork, Errno::NOMEM), Failure::MemoryExhausted);
         assert!(matches!(refused(Step::Exec, Errno::NOENT), Failure::CommandNotFound(_)));
+        assert!(matches!(refused(Step::User, Errno::INVAL), Failure::InvalidArgument(_)));
     }
 }

@@ -8,7 +8,10 @@ use stacyvm_sandbox::{Exit, SessionError, StartRequest};
 use super::check;
 use crate::check::{ensure, expect_eq, expect_error};
 use crate::context::{argv, eventually, shell};
-use crate::{Check, Checked, Context, Failure};
+use crate::{Check, Checked, Context, Failure, Subject};
+
+/// A user that no image has by name.
+const OTHER_UID: u64 = 12_345;
 
 /// Commands that S21 runs at the same time.
 const PARALLEL_EXECS: usize = 20;
@@ -260,20 +263,38 @@ async fn background_child(cx: &Context) -> Checked {
 
 async fn other_user(cx: &Context) -> Checked {
     let subject = cx.sandbox().await?;
-    let request = StartRequest { user: Some("12345".to_owned()), ..shell("id -u; id -g") };
+    let request = StartRequest { user: Some(OTHER_UID.to_string()), ..shell("id -u; id -g") };
+    let map = subject.shell("cat /proc/self/uid_map").await?.success()?;
+    if !has_uid(&map, OTHER_UID) {
+        cx.note("this sandbox has no such uid: its runtime has none to give");
+        let outcome = start(&subject, request).await;
+        return expect_error("start", outcome, "InvalidArgument", |error| {
+            matches!(error, SessionError::InvalidArgument(_))
+        });
+    }
     let text = subject.run(request).await?.success()?;
-    ensure!(text.starts_with("12345\n"), "the command's user is {text:?}, not 12345");
+    ensure!(text.starts_with(&format!("{OTHER_UID}\n")), "the command's user is {text:?}, not {OTHER_UID}");
     Ok(())
+}
+
+/// Whether a user namespace with this map (user_namespaces(7)) has the uid.
+fn has_uid(map: &str, uid: u64) -> bool {
+    map.lines().any(|line| {
+        let numbers: Vec<u64> = line.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+        matches!(numbers[..], [first, _, count] if (first..first + count).contains(&uid))
+    })
 }
 
 async fn unknown_user(cx: &Context) -> Checked {
     let subject = cx.sandbox().await?;
     let request = StartRequest { user: Some("no-such-user".to_owned()), ..shell("id") };
-    let outcome = match subject.session.start(request).await {
-        Ok(mut stream) => super::lifecycle::first(&mut stream).await,
-        Err(error) => Err(error),
-    };
+    let outcome = start(&subject, request).await;
     expect_error("start", outcome, "UserNotFound", |error| matches!(error, SessionError::UserNotFound(_)))
+}
+
+async fn start(subject: &Subject, request: StartRequest) -> Result<(), SessionError> {
+    let mut stream = subject.session.start(request).await?;
+    super::lifecycle::first(&mut stream).await
 }
 
 async fn empty_stdin(cx: &Context) -> Checked {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use stacyvm_api::{NetworkMode, SandboxId, SandboxState, Timestamp};
+use stacyvm_api::{Limit, NetworkMode, SandboxId, SandboxState, Timestamp};
 use stacyvm_sandbox::{
     Connection, Created, DiskRequest, EnvdSession, NetworkPolicy, Provider, ProviderError, RuntimeState, SandboxSpec,
     Session,
@@ -38,6 +38,7 @@ impl ProviderTarget {
     }
 
     fn spec(&self, id: &SandboxId, order: &Order, agent_token: String) -> SandboxSpec {
+        let requested = [order.memory_mib.map(|_| Limit::Memory), order.pids_limit.map(|_| Limit::Pids)];
         let mode = if self.provider.capabilities().network { NetworkMode::Bridge } else { NetworkMode::None };
         SandboxSpec {
             image: order.image.clone(),
@@ -45,6 +46,7 @@ impl ProviderTarget {
             vcpus: 1.0,
             pids_limit: order.pids_limit.unwrap_or(DEFAULT_PIDS),
             disk: DiskRequest { size_mib: None, in_memory: false },
+            requested: requested.into_iter().flatten().collect(),
             network: NetworkPolicy { mode, allow: Vec::new() },
             env: order.env.clone(),
             user: None,

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,6 +20,7 @@ fn spec() -> SandboxSpec {
         vcpus: 1.0,
         pids_limit: 64,
         disk: DiskRequest { size_mib: None, in_memory: false },
+        requested: BTreeSet::new(),
         network: NetworkPolicy { mode: NetworkMode::None, allow: Vec::new() },
         env: BTreeMap::from([("FROM_SPEC".to_owned(), "spec".to_owned())]),
         user: None,

@@ -31,7 +31,7 @@ use super::runtime::Runtime;
 use super::spawner::CallError;
 use super::spawner::protocol::{CgroupPlan, Done, HostPlan, Job, LaunchPlan, RootPlan};
 use super::state::{self, NetworkRecord, NewRecord, Record};
-use super::{channel, host_image};
+use super::{channel, host_image, rootless, strays};
 
 /// An image, ready to be a root.
 pub(super) struct ResolvedImage {
@@ -106,6 +106,11 @@ fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<Option<Vec<Dest
     match &spec.network.mode {
         NetworkMode::None if allow.is_empty() => Ok(None),
         NetworkMode::None => invalid("`network.allow` needs the network `bridge`".into()),
+        NetworkMode::Bridge if rootless::applies() => invalid(
+            "the network `bridge` needs a server that runs as root; this one has `none`, over which commands, files \
+             and ports work too"
+                .into(),
+        ),
         NetworkMode::Bridge if runtime.connected.is_none() => {
             invalid("this server offers sandboxes no network; use the network `none`".into())
         }
@@ -123,9 +128,12 @@ fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<Option<Vec<Dest
 }
 
 /// A limit that was asked for and cannot be held is refused, unless the caller
-/// said that it may be.
+/// said that it may be. Who asks for memory means swap too.
 fn refuse_unenforced(runtime: &Runtime, spec: &SandboxSpec, report: &LimitReport) -> Result<(), ProviderError> {
-    let asked = |limit: &Limit| *limit != Limit::Disk || spec.disk.size_mib.is_some();
+    let asked = |limit: &Limit| match limit {
+        Limit::Swap => spec.requested.contains(&Limit::Memory),
+        Limit::Memory | Limit::Cpu | Limit::Pids | Limit::Disk => spec.requested.contains(limit),
+    };
     let missing: Vec<&Limit> = report.unenforced.iter().filter(|limit| asked(limit)).collect();
     if missing.is_empty() || spec.allow_unenforced {
         return Ok(());
@@ -134,8 +142,8 @@ fn refuse_unenforced(runtime: &Runtime, spec: &SandboxSpec, report: &LimitReport
     let hint = if missing == [&Limit::Disk] {
         runtime.disks.advice()
     } else {
-        "run the server as root on a host with cgroup memory, cpu and pids controllers, \
-         or accept it with allow_unenforced"
+        "leave it out, accept it with allow_unenforced, or run the server as root on a host with the control \
+         groups memory, cpu and pids"
             .to_owned()
     };
     let message = format!("this host cannot enforce the limit on {}", names.join(" and "));
@@ -172,10 +180,11 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
         }
         made => made.map_err(OciError::file("make", &sandbox))?,
     }
-    let Pair { uids, user, network, port } = take_pair(runtime, plan).await?;
+    let Pair { uids, user, network, port, .. } = take_pair(runtime, plan).await?;
     let (uid_base, own) = (uids.base(), OwnNetwork::of(plan, port.as_ref()));
     let (disk, disk_mount) = runtime.disks.take(plan.disk, uid_base).await?;
-    let record = Record::from(record(plan, uid_base, port.as_ref(), disk));
+    let held = Held { uid_base, disk, groups: runtime.cgroups.directories(plan.id.as_str()) };
+    let record = Record::from(record(plan, held, port.as_ref()));
     state::save(&sandbox, &record).map_err(OciError::file("write the record in", &sandbox))?;
     // The record owns both from here on, and only whoever frees the sandbox
     // gives them back: twice would hand a range in use to somebody else.
@@ -243,7 +252,14 @@ fn prepare(
     Ok((groups, listener, boot))
 }
 
-fn record(plan: &Plan, uid_base: u32, port: Option<&Port>, disk: DiskRecord) -> NewRecord {
+/// What was taken for a sandbox, or will be, besides its network.
+struct Held {
+    uid_base: u32,
+    disk: DiskRecord,
+    groups: Vec<PathBuf>,
+}
+
+fn record(plan: &Plan, held: Held, port: Option<&Port>) -> NewRecord {
     let network = port.map_or(NetworkRecord::None, |port| NetworkRecord::Bridge {
         port: port.number(),
         allow: plan.allowed.iter().flatten().map(Destination::to_string).collect(),
@@ -252,9 +268,10 @@ fn record(plan: &Plan, uid_base: u32, port: Option<&Port>, disk: DiskRecord) -> 
         id: plan.id.clone(),
         image: plan.spec.image.clone(),
         metadata: plan.spec.metadata.clone(),
-        uid_base,
+        uid_base: held.uid_base,
         network,
-        disk,
+        disk: held.disk,
+        groups: held.groups,
         layers: plan.image.layers.clone(),
         memory_limit_bytes: plan.limits.memory_bytes,
         pids_limit: plan.limits.pids,
@@ -267,6 +284,7 @@ fn launch_plan(runtime: &Runtime, plan: &Plan, record: &Record, cgroup: CgroupPl
     let hostname = plan.spec.hostname.clone();
     LaunchPlan {
         identity_file: state::identity_file(&sandbox),
+        label: strays::label(runtime.instance.id(), &plan.id),
         root: RootPlan {
             scratch: runtime.layout.scratch(),
             uid_base: record.uid_base,

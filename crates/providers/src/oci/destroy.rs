@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stacyvm_api::SandboxId;
+use tokio::io::unix::AsyncFd;
 
 use super::error::OciError;
 use super::registry::Live;
@@ -38,16 +39,14 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
     };
     if let Some(live) = live {
         let disk = hold_disk(&live);
-        process::kill(live.init()).map_err(OciError::system("kill the sandbox's init"))?;
-        match tokio::time::timeout(DEATH_LIMIT, live.ended()).await {
-            Ok(ended) => ended.map_err(OciError::system("wait for the sandbox's end"))?,
-            Err(_) => return Err(OciError::Unkillable(id.clone())),
-        }
+        end(id, live.init()).await?;
         if let Some(disk) = disk {
             runtime.let_go(disk);
         }
     }
-    let directories = runtime.cgroups.directories(id.as_str());
+    let mut directories = runtime.cgroups.directories(id.as_str());
+    // The server may have been in another group when it made this one.
+    directories.extend(record.iter().flat_map(|record| record.groups.clone()));
     let trash_dir = runtime.layout.trash();
     let (disks, disk) = (Arc::clone(&runtime.disks), record.as_ref().map(|record| record.disk.clone()));
     tokio::task::spawn_blocking(move || {
@@ -81,6 +80,15 @@ fn hold_disk(live: &Live) -> Option<OwnedFd> {
         return None;
     }
     process::root(live.init()).ok().flatten()
+}
+
+/// Kills a sandbox's init and waits until it is gone.
+pub(super) async fn end(id: &SandboxId, init: &AsyncFd<OwnedFd>) -> Result<(), OciError> {
+    process::kill(init).map_err(OciError::system("kill the sandbox's init"))?;
+    match tokio::time::timeout(DEATH_LIMIT, init.readable()).await {
+        Ok(ended) => ended.map(drop).map_err(OciError::system("wait for the sandbox's end")),
+        Err(_) => Err(OciError::Unkillable(id.clone())),
+    }
 }
 
 /// What an earlier process of this server left.

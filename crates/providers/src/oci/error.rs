@@ -7,8 +7,13 @@ use stacyvm_api::SandboxId;
 use stacyvm_sandbox::ProviderError;
 
 use super::NAME;
+use super::rootless::Obstacle;
 use super::spawner::CallError;
-use super::spawner::protocol::FailureKind;
+use super::spawner::protocol::{Failure, FailureKind};
+
+/// What to do where the host shows only parts of its `/proc` or `/sys`.
+pub(super) const KERNEL_FILES_FIX: &str = "run the server as root, or outside of a container; Docker shows all with \
+                                           --security-opt systempaths=unconfined";
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum OciError {
@@ -58,6 +63,13 @@ impl OciError {
                 hint: None,
                 cause: Some(failure.into()),
             },
+            Self::Launch(CallError::Failed(failure)) if failure.kind == FailureKind::NamespacesForbidden => {
+                let Obstacle { message, fix } = Obstacle::find();
+                unavailable(message, fix, failure)
+            }
+            Self::Launch(CallError::Failed(failure)) if failure.kind == FailureKind::KernelFilesHidden => {
+                unavailable(failure.message.clone(), KERNEL_FILES_FIX.into(), failure)
+            }
             Self::Exists(_) => ProviderError::InvalidSpec { message: self.to_string() },
             Self::NoUids => ProviderError::Exhausted { message: self.to_string() },
             Self::Launch(CallError::Start(_)) => ProviderError::Unavailable {
@@ -73,4 +85,8 @@ impl OciError {
     pub(super) fn of(self, operation: &'static str) -> ProviderError {
         ProviderError::Failed { operation, cause: self.into() }
     }
+}
+
+fn unavailable(message: String, fix: String, failure: Failure) -> ProviderError {
+    ProviderError::Unavailable { provider: NAME.to_owned(), message, hint: Some(fix), cause: Some(failure.into()) }
 }

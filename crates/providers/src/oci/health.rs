@@ -2,8 +2,12 @@
 
 use stacyvm_sandbox::HealthReport;
 
-use super::network;
+use super::error::{KERNEL_FILES_FIX, OciError};
+use super::rootless::{self, Authority, Obstacle};
 use super::runtime::Runtime;
+use super::spawner::CallError;
+use super::spawner::protocol::{Done, FailureKind, Job};
+use super::{cgroup, ids, network};
 
 /// First kernel whose overlayfs takes layers with shifted owners.
 const NEEDED_KERNEL: (u32, u32) = (5, 19);
@@ -14,6 +18,9 @@ pub(super) async fn check(runtime: &Runtime) -> HealthReport {
     kernel(&mut report);
     overlay(&mut report);
     namespaces(runtime, &mut report).await;
+    if rootless::applies() {
+        users(runtime, &mut report).await;
+    }
     control_groups(runtime, &mut report);
     runtime.disks.check(&mut report);
     network(runtime, &mut report);
@@ -24,15 +31,16 @@ fn kernel(report: &mut HealthReport) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version >= NEEDED_KERNEL {
+    let (needed, lacks) = if rootless::applies() {
+        (rootless::NEEDED_KERNEL, "does not let ordinary users mount image layers")
+    } else {
+        (NEEDED_KERNEL, "cannot shift the owners of image layers")
+    };
+    if version >= needed {
         report.ok("oci.kernel", format!("Linux {release}"));
     } else {
-        let (major, minor) = NEEDED_KERNEL;
-        report.fail(
-            "oci.kernel",
-            format!("Linux {release} cannot shift the owners of image layers"),
-            format!("run Linux {major}.{minor} or newer"),
-        );
+        let (major, minor) = needed;
+        report.fail("oci.kernel", format!("Linux {release} {lacks}"), format!("run Linux {major}.{minor} or newer"));
     }
 }
 
@@ -51,10 +59,22 @@ fn overlay(report: &mut HealthReport) {
 
 /// Makes a pair and drops it: that is the surest way to know.
 async fn namespaces(runtime: &Runtime, report: &mut HealthReport) {
-    match runtime.plain.take().await {
-        Ok(_) => report.ok("oci.namespaces", "user and network namespaces can be made"),
-        Err(error) => report.fail(
-            "oci.namespaces",
+    const NAME: &str = "oci.namespaces";
+    let Err(error) = runtime.plain.take().await else {
+        return report.ok(NAME, "user and network namespaces can be made");
+    };
+    let kind = match &error {
+        OciError::Launch(CallError::Failed(failure)) => Some(failure.kind),
+        _ => None,
+    };
+    match kind {
+        Some(FailureKind::NamespacesForbidden) => {
+            let Obstacle { message, fix } = Obstacle::find();
+            report.fail(NAME, message, fix);
+        }
+        Some(FailureKind::KernelFilesHidden) => report.fail(NAME, chain(&error), KERNEL_FILES_FIX),
+        Some(FailureKind::System | FailureKind::UnknownUser | FailureKind::Image) | None => report.fail(
+            NAME,
             format!("namespaces cannot be made: {}", chain(&error)),
             "run the server as root; in a container, allow CAP_SYS_ADMIN and unshare; \
              see that /proc/sys/user/max_user_namespaces and max_net_namespaces are not used up",
@@ -62,24 +82,44 @@ async fn namespaces(runtime: &Runtime, report: &mut HealthReport) {
     }
 }
 
+/// How many uids an ordinary user's sandboxes have.
+async fn users(runtime: &Runtime, report: &mut HealthReport) {
+    const NAME: &str = "oci.users";
+    // Where there is no spawner, `oci.namespaces` says why.
+    let Ok((Done::Authority(authority), _)) = runtime.spawner.call(Job::Authority, &[]).await else { return };
+    let count = authority.ids();
+    match authority {
+        Authority::User { shortage: Some(reason), .. } => report.warn(
+            NAME,
+            format!("sandboxes have no user but root: {reason}"),
+            "for more, install the package uidmap and give this user a line in /etc/subuid and in /etc/subgid, \
+             such as NAME:100000:65536, then start the server again",
+        ),
+        Authority::User { .. } if count < ids::RANGE => report.warn(
+            NAME,
+            format!("sandboxes have only {count} uids"),
+            "give this user at least 65536 ids in /etc/subuid and in /etc/subgid",
+        ),
+        Authority::User { .. } | Authority::Root => report.ok(NAME, format!("sandboxes have {count} uids")),
+    }
+}
+
 fn control_groups(runtime: &Runtime, report: &mut HealthReport) {
-    let mut complete = true;
-    for (controller, reason) in runtime.cgroups.missing() {
-        complete = false;
-        report.warn(
-            &format!("oci.cgroup.{controller}"),
-            format!("the {controller} limit cannot be enforced: {reason}"),
-            "run as root on a host with this controller, or create sandboxes with allow_unenforced",
-        );
+    const NAME: &str = "oci.cgroup";
+    let missing: Vec<String> =
+        runtime.cgroups.missing().map(|(controller, reason)| format!("{controller} ({reason})")).collect();
+    if missing.is_empty() {
+        return report.ok(NAME, "memory, cpu and process limits are enforced");
     }
-    if complete {
-        report.ok("oci.cgroup", "memory, cpu and process limits are enforced");
-    }
+    let fix = if rootless::applies() { cgroup::DELEGATION_FIX } else { cgroup::CONTROLLER_FIX };
+    report.warn(NAME, format!("limits that cannot be enforced: {}", missing.join(", ")), fix);
 }
 
 fn network(runtime: &Runtime, report: &mut HealthReport) {
     const NAME: &str = "oci.network";
-    if runtime.connected.is_none() && network::nft().is_none() {
+    if rootless::applies() {
+        report.ok(NAME, "sandboxes have no network (`bridge`): only root can connect them");
+    } else if runtime.connected.is_none() && network::nft().is_none() {
         report.warn(
             NAME,
             "sandboxes have no network (`bridge`): nft is not installed",

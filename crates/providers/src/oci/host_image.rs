@@ -16,6 +16,7 @@ use std::path::{Component, Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use super::rootless;
 use super::spawner::protocol::HostPlan;
 
 /// Name by which the image is asked for.
@@ -161,7 +162,11 @@ impl HostImage {
 }
 
 fn plan(options: &HostImageOptions) -> io::Result<HostPlan> {
-    let mut plan = HostPlan { shown: vec!["/usr".into()], hidden: Vec::new(), private: Vec::new() };
+    let mut plan = HostPlan { shown: vec!["/usr".into()], hidden: Vec::new(), private: Vec::new(), owned: Vec::new() };
+    if rootless::applies() {
+        let of_others = DIRECTORIES.iter().filter(|(_, _, owner)| *owner != 0);
+        plan.owned = of_others.map(|(path, _, owner)| (Path::new("/").join(path), *owner)).collect();
+    }
     for name in ["bin", "sbin", "lib", "lib32", "lib64", "libx32"] {
         let path = Path::new("/").join(name);
         // A directory of its own on hosts that have not merged it into /usr.
@@ -289,7 +294,7 @@ impl Copy {
             _ => {}
         }
         std::fs::set_permissions(to, PermissionsExt::from_mode(mode))?;
-        if owner != 0 {
+        if owner != 0 && !rootless::applies() {
             lchown(to, Some(owner), Some(owner))?;
         }
         self.note(name, mode, &owner.to_le_bytes());

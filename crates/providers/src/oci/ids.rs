@@ -26,7 +26,9 @@ const RANGES_PER_BLOCK: u32 = 64;
 const BLOCKS: u32 = (END - FIRST) / RANGE / RANGES_PER_BLOCK;
 
 pub(super) struct UidRanges {
-    claims: Claims,
+    /// `None` for an ordinary user, who has but one range, which all his
+    /// sandboxes share.
+    claims: Option<Claims>,
     state: Mutex<State>,
 }
 
@@ -42,17 +44,23 @@ impl UidRanges {
     pub(super) fn open(claims: Claims, used: impl IntoIterator<Item = u32>) -> io::Result<Self> {
         let blocks = claims.held()?.into_iter().collect();
         let state = Mutex::new(State { blocks, used: used.into_iter().collect() });
-        Ok(Self { claims, state })
+        Ok(Self { claims: Some(claims), state })
+    }
+
+    /// The one range of an ordinary user's spawner, in its own counting.
+    pub(super) fn shared() -> Self {
+        Self { claims: None, state: Mutex::default() }
     }
 
     /// A range nobody uses; `None` when the host has no more.
     pub(super) fn take(&self) -> io::Result<Option<u32>> {
+        let Some(claims) = &self.claims else { return Ok(Some(0)) };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let free = state.blocks.iter().flat_map(|block| bases(*block)).find(|base| !state.used.contains(base));
         let base = if let Some(base) = free {
             base
         } else {
-            let Some(block) = self.claims.take(BLOCKS, |block| !state.blocks.contains(&block))? else {
+            let Some(block) = claims.take(BLOCKS, |block| !state.blocks.contains(&block))? else {
                 return Ok(None);
             };
             state.blocks.insert(block);
@@ -69,12 +77,13 @@ impl UidRanges {
 
     /// Returns blocks to the host in which nothing is used.
     pub(super) fn release_unused(&self) -> io::Result<()> {
+        let Some(claims) = &self.claims else { return Ok(()) };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let State { blocks, used } = &mut *state;
         let unused: Vec<u32> =
             blocks.iter().copied().filter(|block| bases(*block).all(|base| !used.contains(&base))).collect();
         for block in unused {
-            self.claims.release(block)?;
+            claims.release(block)?;
             blocks.remove(&block);
         }
         Ok(())

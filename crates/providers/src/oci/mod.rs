@@ -33,19 +33,22 @@ mod options;
 mod pairs;
 mod process;
 mod registry;
+mod rootless;
 mod runtime;
 mod seccomp;
 mod spawner;
 mod state;
+mod strays;
 mod sweep;
 mod sys;
 mod trash;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use stacyvm_api::SandboxId;
+use stacyvm_api::{Limit, SandboxId};
 use stacyvm_sandbox::{
     Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderError, ResourceUsage,
     RuntimeSandbox, RuntimeState, SandboxSpec,
@@ -193,14 +196,15 @@ impl Provider for OciProvider {
 
     async fn usage(&self, id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
         let live = self.live(id)?;
-        let reading = self.runtime.cgroups.read(id.as_str());
+        let reading = self.runtime.cgroups.read(id.as_str(), || usage::of_sandbox(live.init()));
+        let held = |limit, value| if live.record.limits.enforced.contains(&limit) { value } else { 0 };
         let disk = self.runtime.disks.usage(&live);
         Ok(ResourceUsage {
             cpu_usec: reading.cpu_usec,
             memory_bytes: reading.memory_bytes,
-            memory_limit_bytes: live.record.memory_limit_bytes,
+            memory_limit_bytes: held(Limit::Memory, live.record.memory_limit_bytes),
             pids: reading.pids,
-            pids_limit: live.record.pids_limit,
+            pids_limit: held(Limit::Pids, live.record.pids_limit),
             oom_kills: reading.oom_kills,
             pids_refused: reading.pids_refused,
             disk_bytes: disk.bytes,

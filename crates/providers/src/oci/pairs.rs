@@ -14,7 +14,8 @@ use tokio::sync::Notify;
 use super::error::OciError;
 use super::ids::UidRanges;
 use super::network::{Network, Port};
-use super::spawner::protocol::Job;
+use super::rootless;
+use super::spawner::protocol::{Done, Job};
 use super::spawner::{CallError, Spawner};
 
 /// Two namespaces and the uids they stand for.
@@ -24,6 +25,8 @@ pub(super) struct Pair {
     pub(super) network: OwnedFd,
     /// Where it is connected, if it is.
     pub(super) port: Option<Port>,
+    /// Process id of the spawner that made it.
+    spawner: u32,
 }
 
 /// A range of uids that returns to the free ones unless it is kept.
@@ -76,11 +79,14 @@ impl PairPool {
 
     /// A ready pair, or a new one.
     pub(super) async fn take(&self) -> Result<Pair, OciError> {
-        let ready = self.lock().pop_front();
-        self.taken.notify_one();
-        match ready {
-            Some(pair) => Ok(pair),
-            None => self.make().await,
+        loop {
+            let ready = self.lock().pop_front();
+            self.taken.notify_one();
+            match ready {
+                Some(pair) if self.is_usable(&pair).await => return Ok(pair),
+                Some(_) => {}
+                None => return self.make().await,
+            }
         }
     }
 
@@ -118,13 +124,19 @@ impl PairPool {
     async fn make(&self) -> Result<Pair, OciError> {
         let base = self.ranges.take().map_err(OciError::system("claim uids"))?.ok_or(OciError::NoUids)?;
         let uids = UidRange { base, ranges: Arc::clone(&self.ranges), kept: false };
-        let (_, fds) = self.spawner.call(Job::Pair { uid_base: base }, &[]).await?;
+        let (done, fds) = self.spawner.call(Job::Pair { uid_base: base }, &[]).await?;
+        let Done::Paired { spawner } = done else { return Err(CallError::Lost.into()) };
         let [user, network] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| CallError::Lost)?;
         let port = match &self.network {
             Some(to) => Some(to.attach(&network).await.map_err(OciError::system("connect a sandbox"))?),
             None => None,
         };
-        Ok(Pair { uids, user, network, port })
+        Ok(Pair { uids, user, network, port, spawner })
+    }
+
+    /// An ordinary user's spawner has power only over namespaces that it made.
+    async fn is_usable(&self, pair: &Pair) -> bool {
+        !rootless::applies() || self.spawner.pid().await == Some(pair.spawner)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Pair>> {

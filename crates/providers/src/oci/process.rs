@@ -47,10 +47,7 @@ pub(super) fn has_ended(pidfd: impl AsFd) -> io::Result<bool> {
 /// The root directory of the process behind a pidfd, to look at; `None` when
 /// it has ended.
 pub(super) fn root(pidfd: impl AsFd) -> io::Result<Option<OwnedFd>> {
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_fd().as_raw_fd()))?;
-    // -1 once it was reaped.
-    let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<u32>().ok());
-    let Some(pid) = pid else { return Ok(None) };
+    let Some(pid) = number(&pidfd)? else { return Ok(None) };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     match rustix::fs::open(format!("/proc/{pid}/root"), flags, Mode::empty()) {
         // As long as it has not ended, the number is its own.
@@ -58,6 +55,13 @@ pub(super) fn root(pidfd: impl AsFd) -> io::Result<Option<OwnedFd>> {
         Err(error) if gone(&error.into()) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// The process id behind a pidfd; `None` once the process was reaped.
+pub(super) fn number(pidfd: impl AsFd) -> io::Result<Option<i32>> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_fd().as_raw_fd()))?;
+    let number = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
+    Ok(number.filter(|pid| *pid > 0))
 }
 
 /// Kills; that the process is gone already is fine.

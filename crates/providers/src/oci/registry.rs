@@ -22,8 +22,8 @@ impl Live {
         Ok(Self { record, init: sys::watch(init, Interest::READABLE)? })
     }
 
-    pub(super) fn init(&self) -> &OwnedFd {
-        self.init.get_ref()
+    pub(super) fn init(&self) -> &AsyncFd<OwnedFd> {
+        &self.init
     }
 
     /// Resolves when its init has ended.

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,8 +28,9 @@ use super::options::OciOptions;
 use super::pairs::PairPool;
 use super::registry::Registry;
 use super::spawner::Spawner;
+use super::spawner::protocol::{Done, Job};
 use super::state::{self, Layout, OnDisk, Record};
-use super::{NAME, trash};
+use super::{NAME, rootless, trash};
 
 /// How long to wait for an earlier process of this server to let go.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
@@ -52,9 +53,20 @@ pub(super) struct Runtime {
     pub(super) registry: Registry,
     pub(super) background: TaskTracker,
     pub(super) stopping: CancellationToken,
-    emptying: Arc<AtomicBool>,
+    trash: Arc<TrashWork>,
     /// Held as long as this process owns the data directory.
     _lock: File,
+}
+
+/// Who removes what destroyed sandboxes left.
+#[derive(Default)]
+struct TrashWork {
+    /// Something came in after the last look.
+    has_more: AtomicBool,
+    /// Somebody is at it in the background.
+    is_emptied: AtomicBool,
+    /// One at a time, so that each tree is counted once.
+    gate: tokio::sync::Mutex<()>,
 }
 
 impl Runtime {
@@ -73,13 +85,17 @@ impl Runtime {
         let spawner = Arc::new(Spawner::new(options.spawner.clone()));
         let records = records(&layout)?;
         let claims = |kind| Claims::open(&options.run_dir, kind, instance.clone());
-        let uids = Arc::new(UidRanges::open(claims("uids")?, records.iter().map(|record| record.uid_base))?);
+        let uids = Arc::new(if rootless::applies() {
+            UidRanges::shared()
+        } else {
+            UidRanges::open(claims("uids")?, records.iter().map(|record| record.uid_base))?
+        });
         let pool = |network, wanted| Arc::new(PairPool::new(Arc::clone(&spawner), Arc::clone(&uids), network, wanted));
         let plain = pool(None, options.prepared);
         let name_servers = options.bridge.as_ref().map(|bridge| bridge.name_servers.clone()).unwrap_or_default();
         let sandboxes = records.iter().filter_map(|record| record.network.connected()).collect();
         let network = Arc::new(Network::new(claims("subnets")?, options.run_dir.clone(), name_servers, sandboxes));
-        let bridge = options.bridge.as_ref().filter(|_| network::nft().is_some());
+        let bridge = options.bridge.as_ref().filter(|_| !rootless::applies() && network::nft().is_some());
         let connected = bridge.map(|bridge| pool(Some(Arc::clone(&network)), bridge.prepared));
         Ok(Self {
             plain,
@@ -92,7 +108,7 @@ impl Runtime {
             registry: Registry::default(),
             background: TaskTracker::new(),
             stopping: CancellationToken::new(),
-            emptying: Arc::default(),
+            trash: Arc::default(),
             layout,
             instance,
             spawner,
@@ -173,25 +189,34 @@ impl Runtime {
         self.background.spawn_blocking(move || drop(disk));
     }
 
-    /// Removes in the background what destroyed sandboxes left.
+    /// Removes what destroyed sandboxes left; returns how many trees that was.
+    /// An ordinary user's sandboxes have uids that only his spawner can touch.
+    pub(super) async fn remove_trash(&self) -> Result<usize, OciError> {
+        let _alone = self.trash.gate.lock().await;
+        remove_trash(&self.spawner, self.layout.trash()).await
+    }
+
+    /// The same in the background.
     pub(super) fn empty_trash(&self) {
-        if self.emptying.swap(true, Ordering::SeqCst) {
+        self.trash.has_more.store(true, Ordering::SeqCst);
+        if self.trash.is_emptied.swap(true, Ordering::SeqCst) {
             return;
         }
-        let (emptying, trash) = (Arc::clone(&self.emptying), self.layout.trash());
-        self.background.spawn_blocking(move || {
+        let (work, trash, spawner) = (Arc::clone(&self.trash), self.layout.trash(), Arc::clone(&self.spawner));
+        self.background.spawn(async move {
             loop {
-                let emptied = trash::empty(&trash);
-                emptying.store(false, Ordering::SeqCst);
-                match emptied {
-                    // Something may have come in after the look and before the
-                    // flag: look again if nobody else does.
-                    Ok(trees) if trees > 0 && !emptying.swap(true, Ordering::SeqCst) => {}
-                    Ok(_) => return,
-                    Err(error) => {
-                        tracing::warn!(%error, "a destroyed sandbox's files cannot be removed; the sweep tries again");
-                        return;
+                while work.has_more.swap(false, Ordering::SeqCst) {
+                    let _alone = work.gate.lock().await;
+                    if let Err(error) = remove_trash(&spawner, trash.clone()).await {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::warn!(error, "a destroyed sandbox's files cannot be removed; the sweep tries again");
                     }
+                }
+                work.is_emptied.store(false, Ordering::SeqCst);
+                // What came in between saw that somebody is at it.
+                let nobody_else = work.has_more.load(Ordering::SeqCst) && !work.is_emptied.swap(true, Ordering::SeqCst);
+                if !nobody_else {
+                    return;
                 }
             }
         });
@@ -222,6 +247,18 @@ impl Drop for Runtime {
     fn drop(&mut self) {
         self.stopping.cancel();
     }
+}
+
+async fn remove_trash(spawner: &Spawner, trash: PathBuf) -> Result<usize, OciError> {
+    if rootless::applies() {
+        // Without one, as where the kernel forbids namespaces, there are at
+        // most our own files.
+        if let Ok((Done::TrashEmptied(trees), _)) = spawner.call(Job::EmptyTrash { trash: trash.clone() }, &[]).await {
+            return Ok(trees);
+        }
+    }
+    let emptied = tokio::task::spawn_blocking(move || trash::empty(&trash)).await;
+    emptied.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(OciError::system("empty the trash"))
 }
 
 fn make_directories(layout: &Layout) -> io::Result<()> {

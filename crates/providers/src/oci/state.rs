@@ -43,6 +43,9 @@ pub(super) struct Record {
     pub(super) uid_base: u32,
     pub(super) network: NetworkRecord,
     pub(super) disk: DiskRecord,
+    /// Its control groups.
+    #[serde(default)]
+    pub(super) groups: Vec<PathBuf>,
     /// Directories the root is made of, which must stay.
     pub(super) layers: Vec<PathBuf>,
     pub(super) memory_limit_bytes: u64,
@@ -85,6 +88,7 @@ pub(super) struct NewRecord {
     pub(super) uid_base: u32,
     pub(super) network: NetworkRecord,
     pub(super) disk: DiskRecord,
+    pub(super) groups: Vec<PathBuf>,
     pub(super) layers: Vec<PathBuf>,
     pub(super) memory_limit_bytes: u64,
     pub(super) pids_limit: u64,
@@ -103,6 +107,7 @@ impl From<NewRecord> for Record {
             uid_base: new.uid_base,
             network: new.network,
             disk: new.disk,
+            groups: new.groups,
             layers: new.layers,
             memory_limit_bytes: new.memory_limit_bytes,
             pids_limit: new.pids_limit,
@@ -214,6 +219,7 @@ mod tests {
             uid_base: 0x7000_0000,
             network: NetworkRecord::Bridge { port: 3, allow: vec!["10.0.0.1".into()] },
             disk: DiskRecord::Directory,
+            groups: vec!["/sys/fs/cgroup/sb".into()],
             layers: vec!["/layer".into()],
             memory_limit_bytes: 1 << 20,
             pids_limit: 10,

@@ -3,25 +3,32 @@
 use std::sync::Arc;
 
 use stacyvm_api::SandboxId;
+use tokio::io::Interest;
 
 use super::error::OciError;
 use super::runtime::Runtime;
 use super::state::{self, OnDisk};
-use super::{cgroup, destroy, trash};
+use super::{cgroup, destroy, strays, sys, trash};
 
 /// Frees what no sandbox owns and says what that was.
 pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, OciError> {
     let mut freed = Vec::new();
     remains(runtime, &mut freed).await?;
     groups(runtime, &mut freed).await?;
+    if !runtime.cgroups.are_available() {
+        stray_sandboxes(runtime, &mut freed).await?;
+    }
     skeletons(runtime, &mut freed)?;
     leases(runtime, &mut freed).await?;
     unused_network(runtime, &mut freed).await;
     deleted_files(runtime).await?;
-    let trash_dir = runtime.layout.trash();
-    let trees = tokio::task::spawn_blocking(move || trash::empty(&trash_dir)).await;
-    if let Ok(Ok(trees @ 1..)) = trees {
-        freed.push(format!("the files of {trees} destroyed sandboxes"));
+    match runtime.remove_trash().await {
+        Ok(0) => {}
+        Ok(trees) => freed.push(format!("the files of {trees} destroyed sandboxes")),
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "what destroyed sandboxes left cannot be removed");
+        }
     }
     Ok(freed)
 }
@@ -61,6 +68,25 @@ async fn groups(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), O
                     Ok(Err(error)) => tracing::warn!(sandbox = %id, %error, "control groups cannot be removed"),
                     Err(error) => tracing::warn!(sandbox = %id, %error, "control groups cannot be removed"),
                 }
+            }
+            drop(gate);
+        }
+        runtime.registry.forget(&id, entry);
+    }
+    Ok(())
+}
+
+/// The same where there are no groups: sandboxes that run without a record.
+async fn stray_sandboxes(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), OciError> {
+    let instance = runtime.instance.id().to_owned();
+    let found = tokio::task::spawn_blocking(move || strays::find(&instance)).await.unwrap_or_default();
+    for (id, init) in found {
+        let init = sys::watch(init, Interest::READABLE).map_err(OciError::system("watch a stray sandbox"))?;
+        let entry = runtime.registry.entry(&id);
+        if let Ok(gate) = Arc::clone(&entry.gate).try_lock_owned() {
+            if !runtime.layout.sandbox(&id).exists() {
+                destroy::end(&id, &init).await?;
+                freed.push(format!("{id}, which ran without a record"));
             }
             drop(gate);
         }

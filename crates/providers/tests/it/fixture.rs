@@ -1,18 +1,21 @@
 //! A provider of its own for each test, ways to look inside, and proof that
 //! nothing is left of it.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use stacyvm_api::{NetworkMode, SandboxId, Timestamp};
+use stacyvm_api::{Limit, NetworkMode, SandboxId, Timestamp};
 use stacyvm_providers::oci::{OciOptions, OciProvider, SpawnerCommand};
 use stacyvm_sandbox::{
     Connection, DiskRequest, EnvdSession, Exit, NetworkPolicy, ProcessEvent, Provider, SandboxSpec, Session,
     StartRequest,
 };
+
+use crate::ordinary_user;
 
 /// How long a condition may take to come true on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -53,7 +56,8 @@ impl Fixture {
     }
 
     async fn open(options: OciOptions) -> Self {
-        assert!(rustix::process::geteuid().is_root(), "these tests make namespaces: run them as root");
+        let may = rustix::process::geteuid().is_root() || ordinary_user::is_staged();
+        assert!(may, "these tests make namespaces: run them as root");
         let provider = Arc::new(OciProvider::open(options.clone()).await.expect("the provider opens"));
         Self { provider, options, _data: None }
     }
@@ -153,7 +157,8 @@ impl Fixture {
         }
         for process in std::fs::read_dir("/proc").expect("readable").flatten() {
             let groups = std::fs::read_to_string(process.path().join("cgroup")).unwrap_or_default();
-            if groups.contains(&self.instance()) {
+            let label = std::fs::read(process.path().join("environ")).unwrap_or_default();
+            if groups.contains(&self.instance()) || String::from_utf8_lossy(&label).contains(&self.instance()) {
                 remains.push(format!("process {}", process.file_name().to_string_lossy()));
             }
         }
@@ -241,18 +246,28 @@ fn groups_of(instance: &str) -> Vec<PathBuf> {
 fn groups_root_of(instance: &str) -> Vec<PathBuf> {
     let mut hierarchies = vec![PathBuf::from("/sys/fs/cgroup")];
     hierarchies.extend(std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path()));
-    hierarchies.into_iter().map(|root| root.join("stacyvm-test").join(instance)).filter(|path| path.exists()).collect()
+    hierarchies.into_iter().map(|root| root.join(cgroup_parent()).join(instance)).filter(|path| path.exists()).collect()
 }
 
 pub(crate) fn options(data_dir: &Path) -> OciOptions {
     let mut options = OciOptions::new(data_dir);
-    options.spawner =
-        SpawnerCommand { program: PathBuf::from(env!("CARGO_BIN_EXE_oci-test-spawner")), args: Vec::new() };
-    options.cgroup_parent = "stacyvm-test".into();
+    let program = ordinary_user::spawner().unwrap_or_else(|| env!("CARGO_BIN_EXE_oci-test-spawner").into());
+    options.spawner = SpawnerCommand { program, args: Vec::new() };
+    options.cgroup_parent = cgroup_parent();
+    options.run_dir = if ordinary_user::is_staged() { data_dir.join("run") } else { options.run_dir };
     options.prepared = 1;
     options.disk.prepared = 1;
     options.bridge = None;
     options
+}
+
+fn cgroup_parent() -> String {
+    ordinary_user::cgroup_parent().unwrap_or_else(|| "stacyvm-test".into())
+}
+
+/// Whether whoever runs these tests has control groups.
+pub(crate) fn limits_hold() -> bool {
+    !ordinary_user::is_staged() || ordinary_user::cgroup_parent().is_some()
 }
 
 /// A small sandbox of image `host`, without network.
@@ -263,6 +278,7 @@ pub(crate) fn spec() -> SandboxSpec {
         vcpus: 1.0,
         pids_limit: 64,
         disk: DiskRequest { size_mib: None, in_memory: false },
+        requested: if limits_hold() { [Limit::Memory, Limit::Cpu, Limit::Pids].into() } else { BTreeSet::new() },
         network: NetworkPolicy { mode: NetworkMode::None, allow: Vec::new() },
         env: [("GREETING".to_owned(), "hello".to_owned())].into(),
         user: None,

@@ -9,3 +9,5 @@ mod oci_disk_quota;
 mod oci_lifecycle;
 mod oci_network;
 mod oci_restart;
+mod oci_rootless;
+mod ordinary_user;

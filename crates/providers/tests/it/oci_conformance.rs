@@ -9,6 +9,7 @@ use stacyvm_image::{ImageStore, ImageStoreOptions, ImportOptions};
 use stacyvm_sandbox::Provider as _;
 
 use crate::fixture::Fixture;
+use crate::ordinary_user;
 
 /// Name that the suite, and published SDKs, ask for.
 const IMAGE: &str = "alpine:latest";
@@ -42,11 +43,18 @@ async fn passes(image: &str) {
 /// A store that holds an image made from busybox under the name that everybody
 /// uses, so that nothing is fetched.
 async fn imported(directory: &Path) -> ImageStore {
-    let archive = directory.join("image.tar");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/make-test-image.sh");
-    let made = Command::new(script).arg(&archive).arg(IMAGE).output().expect("the script starts");
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let archive = ordinary_user::image_archive().unwrap_or_else(|| directory.join("image.tar"));
+    if !archive.exists() {
+        make_image(&archive);
+    }
     let store = ImageStore::open(ImageStoreOptions::new(directory.join("store"))).await.expect("a store");
     store.import(&archive, ImportOptions::default(), &()).await.expect("an image");
     store
+}
+
+/// A docker archive of that image.
+pub(crate) fn make_image(archive: &Path) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/make-test-image.sh");
+    let made = Command::new(script).arg(archive).arg(IMAGE).output().expect("the script starts");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
 }

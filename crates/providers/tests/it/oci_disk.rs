@@ -28,7 +28,11 @@ const CHURN_IN: &str = "STACYVM_TEST_CHURN_IN";
 const RUNNING: &str = "running";
 
 pub(crate) fn sized(mib: u64) -> SandboxSpec {
-    SandboxSpec { disk: DiskRequest { size_mib: Some(mib), in_memory: false }, ..spec() }
+    SandboxSpec {
+        disk: DiskRequest { size_mib: Some(mib), in_memory: false },
+        requested: [Limit::Disk].into(),
+        ..spec()
+    }
 }
 
 fn in_memory(size_mib: Option<u64>) -> SandboxSpec {

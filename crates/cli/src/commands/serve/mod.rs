@@ -199,6 +199,13 @@ fn announce(output: Output, config: &Config, addresses: &[SocketAddr], chosen: &
     for trouble in &chosen.troubles {
         output.note(&format!("warning: {trouble}"));
     }
+    if !chosen.shortcomings.is_empty() {
+        output.note(&format!(
+            "note: sandboxes lack something here ({}); `stacyvm providers {}` says what, and how to have it",
+            chosen.shortcomings.join(", "),
+            chosen.default
+        ));
+    }
     Ok(())
 }
 

@@ -1,9 +1,11 @@
 //! Which runtimes this server has, and which of them is the default.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use stacyvm_api::FindingLevel;
 use stacyvm_image::ImageStore;
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_providers::oci::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciProvider};
@@ -26,6 +28,8 @@ pub(super) struct Chosen {
     pub(super) why: &'static str,
     /// What keeps the default from making sandboxes, if anything does.
     pub(super) troubles: Vec<String>,
+    /// Findings about what the default cannot do in full.
+    pub(super) shortcomings: Vec<String>,
 }
 
 /// Opens what the configuration enables.
@@ -49,11 +53,14 @@ pub(super) async fn open(config: &Config, data_dir: &Path, environment: &Environ
         }
         (wanted, _) => (wanted.to_owned(), "as configured"),
     };
-    let mut troubles = Vec::new();
+    let (mut troubles, mut shortcomings) = (Vec::new(), Vec::new());
     for provider in all.iter().filter(|provider| provider.name() == default) {
-        troubles.extend(provider.check().await.reason().map(|why| format!("{default} cannot make sandboxes: {why}")));
+        let report = provider.check().await;
+        troubles.extend(report.reason().map(|why| format!("{default} cannot make sandboxes: {why}")));
+        let warnings = report.findings.into_iter().filter(|finding| finding.level == FindingLevel::Warning);
+        shortcomings.extend(warnings.map(|finding| finding.name));
     }
-    Ok(Chosen { all, default, why, troubles })
+    Ok(Chosen { all, default, why, troubles, shortcomings })
 }
 
 /// Opens one provider by name, enabled or not.
@@ -99,7 +106,14 @@ fn default_run_dir(data_dir: &Path, environment: &Environment) -> PathBuf {
     if rustix::process::geteuid().is_root() {
         return PathBuf::from("/run/stacyvm");
     }
-    environment.get("XDG_RUNTIME_DIR").map_or_else(|| data_dir.join("run"), |dir| Path::new(dir).join("stacyvm"))
+    // After `su` the variable may still be another user's.
+    let is_ours = |dir: &&str| dir_owner(dir.as_ref()) == Some(rustix::process::geteuid().as_raw());
+    let runtime = environment.get("XDG_RUNTIME_DIR").filter(is_ours);
+    runtime.map_or_else(|| data_dir.join("run"), |dir| Path::new(dir).join("stacyvm"))
+}
+
+fn dir_owner(dir: &Path) -> Option<u32> {
+    std::fs::metadata(dir).ok().filter(std::fs::Metadata::is_dir).map(|metadata| metadata.uid())
 }
 
 fn oci(config: &Config, data_dir: &Path, environment: &Environment) -> OciOptions {

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::Place;
+use super::{Place, delegation};
+use crate::oci::rootless;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Controller {
@@ -45,17 +46,28 @@ impl Controller {
 /// none.
 pub(super) fn controllers() -> (BTreeMap<Controller, Place>, BTreeMap<Controller, String>) {
     let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let offered = |mount: &Path| std::fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
-    let found = parse(&mountinfo, offered);
+    let offered = |group: &Path| std::fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
+    let top = |mount: &Path| if rootless::applies() { delegation::own_group(mount) } else { Some(mount.to_owned()) };
+    let found = parse(&mountinfo, top, offered);
+    let reason = if rootless::applies() {
+        "no control group hierarchy that has it is this user's"
+    } else {
+        "the host mounts no control group hierarchy that has it"
+    };
     let missing = Controller::ALL
         .into_iter()
         .filter(|controller| !found.contains_key(controller) && *controller != Controller::CpuAccounting)
-        .map(|controller| (controller, "the host mounts no control group hierarchy that has it".to_owned()))
+        .map(|controller| (controller, reason.to_owned()))
         .collect();
     (found, missing)
 }
 
-fn parse(mountinfo: &str, offered: impl Fn(&Path) -> String) -> BTreeMap<Controller, Place> {
+/// `top` is the group of a v2 hierarchy below which ours go, if there is one.
+fn parse(
+    mountinfo: &str,
+    top: impl Fn(&Path) -> Option<PathBuf>,
+    offered: impl Fn(&Path) -> String,
+) -> BTreeMap<Controller, Place> {
     let mut found = BTreeMap::new();
     for line in mountinfo.lines() {
         let Some((place, kind)) = line.split_once(" - ") else { continue };
@@ -71,10 +83,11 @@ fn parse(mountinfo: &str, offered: impl Fn(&Path) -> String) -> BTreeMap<Control
                 }
             }
             (Some("cgroup2"), _) => {
-                let offered = offered(&mount);
+                let Some(top) = top(&mount) else { continue };
+                let offered = offered(&top);
                 for controller in Controller::ALL {
                     if offered.split_whitespace().any(|name| name == controller.name()) {
-                        found.entry(controller).or_insert_with(|| Place::V2(mount.clone()));
+                        found.entry(controller).or_insert_with(|| Place::V2(top.clone()));
                     }
                 }
             }
@@ -92,7 +105,11 @@ pub(super) fn make_instance_dir(
     instance: &str,
 ) -> io::Result<Place> {
     let directory = mount.path().join(parent).join(instance);
+    let denied = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", directory.display()));
     if let Place::V2(root) = mount {
+        if rootless::applies() {
+            delegation::vacate(root)?;
+        }
         let outer = root.join(parent);
         std::fs::create_dir_all(&directory)?;
         for level in [root, &outer, &directory] {
@@ -107,7 +124,7 @@ pub(super) fn make_instance_dir(
         std::fs::remove_dir(&probe)?;
         return if works { Ok(Place::V2(directory)) } else { Err(lacks(controller)) };
     }
-    std::fs::create_dir_all(&directory)?;
+    std::fs::create_dir_all(&directory).map_err(denied)?;
     if directory.join(controller.proof(false)).exists() { Ok(Place::V1(directory)) } else { Err(lacks(controller)) }
 }
 
@@ -148,7 +165,7 @@ mod tests {
 
     #[test]
     fn each_controller_is_found_where_it_is() {
-        let found = parse(HYBRID, |_| "hugetlb pids\n".to_owned());
+        let found = parse(HYBRID, |mount| Some(mount.to_owned()), |_| "hugetlb pids\n".to_owned());
         let v1 = |path: &str| Place::V1(format!("/sys/fs/cgroup/{path}").into());
         assert_eq!(found[&Controller::Memory], v1("memory"));
         assert_eq!(found[&Controller::Cpu], v1("cpu,cpuacct"));
@@ -159,10 +176,12 @@ mod tests {
     #[test]
     fn a_unified_host_has_all_on_v2_and_a_bare_one_nothing() {
         let unified = "29 24 0:25 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
-        let found = parse(unified, |_| "cpuset cpu io memory pids".to_owned());
+        let offered = |_: &Path| "cpuset cpu io memory pids".to_owned();
+        let found = parse(unified, |mount| Some(mount.to_owned()), offered);
         let v2 = Place::V2("/sys/fs/cgroup".into());
         assert_eq!(found.len(), 3);
         assert!(found.values().all(|place| *place == v2));
-        assert!(parse("1 0 8:1 / / rw - ext4 /dev/sda rw\n", |_| String::new()).is_empty());
+        assert!(parse(unified, |_| None, offered).is_empty(), "a hierarchy of which nothing is ours");
+        assert!(parse("1 0 8:1 / / rw - ext4 /dev/sda rw\n", |_| None, |_| String::new()).is_empty());
     }
 }

@@ -5,6 +5,7 @@
 //! `<mount>/<parent>/<instance>/<sandbox>`; with the instance in the path,
 //! servers with different data directories never touch each other's.
 
+mod delegation;
 mod detect;
 mod group;
 
@@ -18,6 +19,12 @@ use detect::Controller;
 pub(super) use group::{Reading, remove};
 
 use super::spawner::protocol::CgroupPlan;
+
+/// What to do where a controller is missing, as root and as an ordinary user.
+pub(super) const CONTROLLER_FIX: &str =
+    "run as root on a host with this controller, or create sandboxes with allow_unenforced";
+pub(super) const DELEGATION_FIX: &str = "run the server as root, or on a host with cgroup v2 and systemd in a group that is this user's: \
+     systemd-run --user --scope -p Delegate=yes stacyvm serve";
 
 /// What a sandbox may use; zero means that nothing was asked.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -59,6 +66,8 @@ impl Cgroups {
         for (controller, mount) in mounts {
             match detect::make_instance_dir(controller, &mount, parent, instance) {
                 Ok(place) => drop(places.insert(controller, place)),
+                // Counting is not limiting: there are other ways to count.
+                Err(_) if controller == Controller::CpuAccounting => {}
                 Err(error) => drop(missing.insert(controller, error.to_string())),
             }
         }
@@ -83,6 +92,11 @@ impl Cgroups {
         say(limits.vcpus > 0.0, Limit::Cpu, has(Controller::Cpu));
         say(limits.pids > 0, Limit::Pids, has(Controller::Pids));
         report
+    }
+
+    /// Whether every sandbox has a group, by which it can be found.
+    pub(super) fn are_available(&self) -> bool {
+        !self.places.is_empty()
     }
 
     fn bounds_swap(&self) -> bool {
@@ -121,10 +135,12 @@ impl Cgroups {
         Ok(plan)
     }
 
-    /// What a sandbox uses now.
-    pub(super) fn read(&self, sandbox: &str) -> Reading {
-        let mut reading = Reading::default();
-        for (controller, place) in &self.places {
+    /// What a sandbox uses now; `other` says it where no group does.
+    pub(super) fn read(&self, sandbox: &str, other: impl FnOnce() -> Reading) -> Reading {
+        let exists = |place: &&Place| place.path().join(sandbox).exists();
+        let complete = self.missing.is_empty() && self.places.values().all(|place| exists(&place));
+        let mut reading = if complete { Reading::default() } else { other() };
+        for (controller, place) in self.places.iter().filter(|(_, place)| exists(place)) {
             let directory = place.path().join(sandbox);
             match place {
                 Place::V1(_) => reading.add_v1(*controller, &directory),

@@ -1,8 +1,9 @@
 //! What a forked child does to become a sandbox's first process.
 //!
-//! Everything that needs host privileges happens here, before any code of the
-//! guest exists, in a process that was forked with its own pid namespace. The
-//! order matters:
+//! Everything that needs privileges over the host (or, for an ordinary user,
+//! over the spawner's namespace) happens here, before any code of the guest
+//! exists, in a process that was forked with its own pid namespace. The order
+//! matters:
 //!
 //! ```text
 //! control groups ─ own mount, ipc, uts, cgroup namespaces ─ network namespace
@@ -11,9 +12,9 @@
 //!   ─ keyring ─ workspace ─ limits ─ capabilities ─ no_new_privs ─ seccomp ─ exec
 //! ```
 //!
-//! Namespaces other than user and network belong to the *host's* user
-//! namespace: root inside the sandbox has no power over them even if a filter
-//! failed.
+//! Namespaces other than user and network belong to the *spawner's* user
+//! namespace (the host's, under root): root inside the sandbox has no power
+//! over them even if a filter failed.
 
 mod devices;
 mod kernel_files;
@@ -22,12 +23,14 @@ mod root;
 mod user;
 
 use std::convert::Infallible;
+use std::ffi::CString;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::LinkNameSpaceType;
 
+use super::rootless::Authority;
 use super::spawner::protocol::{DiskPlan, Failure, LaunchPlan, Step};
 use super::{capabilities, seccomp, sys};
 
@@ -78,6 +81,7 @@ pub(super) struct Common {
     /// The agent's program, sealed.
     pub(super) program: OwnedFd,
     pub(super) seccomp: seccomp::Program,
+    pub(super) authority: Authority,
 }
 
 /// Becomes the sandbox's init. Called in the forked child; never returns.
@@ -98,7 +102,7 @@ pub(super) fn become_init(plan: &LaunchPlan, fds: LaunchFds, common: &Common, st
 
 fn launch(
     plan: &LaunchPlan,
-    fds: LaunchFds,
+    mut fds: LaunchFds,
     common: &Common,
     status: &mut std::fs::File,
     gate: BorrowedFd<'_>,
@@ -117,17 +121,17 @@ fn launch(
         .step("make namespaces")?;
     join(fds.network_namespace.as_fd(), LinkNameSpaceType::Network).step("enter the network namespace")?;
 
-    root::build(&plan.root, &plan.hostname, fds.user_namespace.as_fd(), fds.disk)?;
+    root::build(plan, fds.user_namespace.as_fd(), fds.disk.take(), &common.authority)?;
     rustix::system::sethostname(plan.hostname.as_bytes()).step("set the host name")?;
     rustix::process::setsid().step("start a session")?;
     attach_null()?;
 
-    enter_user_namespace(fds.user_namespace.as_fd())?;
+    enter_user_namespace(fds.user_namespace.as_fd(), &common.authority)?;
     sys::join_new_session_keyring().step("start a session keyring")?;
-    user::prepare_workspace(plan)?;
+    user::prepare_workspace(plan, &common.authority)?;
     limit_resources().step("set resource limits")?;
 
-    lock_down_and_execute(fds.listener.as_fd(), fds.boot.as_fd(), common, status, gate)
+    lock_down_and_execute(plan, &fds, common, status, gate)
 }
 
 fn join(namespace: BorrowedFd<'_>, kind: LinkNameSpaceType) -> rustix::io::Result<()> {
@@ -145,11 +149,13 @@ fn attach_null() -> Result<(), Failure> {
 }
 
 /// Gives up the host's root for the sandbox's.
-fn enter_user_namespace(namespace: BorrowedFd<'_>) -> Result<(), Failure> {
+fn enter_user_namespace(namespace: BorrowedFd<'_>, authority: &Authority) -> Result<(), Failure> {
     use rustix::fs::{Gid, Uid};
     const STEP: &str = "enter the user namespace";
     join(namespace, LinkNameSpaceType::User).step(STEP)?;
-    rustix::thread::set_thread_groups(&[]).step(STEP)?;
+    if authority.sets_groups() {
+        rustix::thread::set_thread_groups(&[]).step(STEP)?;
+    }
     rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).step(STEP)?;
     rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).step(STEP)?;
     // A change of user clears it.
@@ -167,15 +173,15 @@ fn limit_resources() -> std::io::Result<()> {
 }
 
 fn lock_down_and_execute(
-    listener: BorrowedFd<'_>,
-    boot: BorrowedFd<'_>,
+    plan: &LaunchPlan,
+    fds: &LaunchFds,
     common: &Common,
     status: &mut std::fs::File,
     gate: BorrowedFd<'_>,
 ) -> Result<Infallible, Failure> {
     const STEP: &str = "arrange descriptors";
     let above = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, FIRST_OWN_FD);
-    let (listener, boot) = (above(listener).step(STEP)?, above(boot).step(STEP)?);
+    let (listener, boot) = (above(fds.listener.as_fd()).step(STEP)?, above(fds.boot.as_fd()).step(STEP)?);
     let program = above(common.program.as_fd()).step(STEP)?;
     *status = std::fs::File::from(above(status.as_fd()).step(STEP)?);
     let mut gate = std::fs::File::from(above(gate).step(STEP)?);
@@ -184,6 +190,7 @@ fn lock_down_and_execute(
     sys::close_on_exec_from(BOOT_FD + 1).step(STEP)?;
 
     let argv = [c"stacyvm-agent".to_owned(), c"serve".to_owned()];
+    let env = [CString::new(plan.label.as_str()).step("label the sandbox's init")?];
     capabilities::drop_to_sandbox().step("drop capabilities")?;
     rustix::thread::set_no_new_privs(true).step("set no_new_privs")?;
 
@@ -192,5 +199,5 @@ fn lock_down_and_execute(
     rustix::process::set_parent_process_death_signal(None).step("outlive the spawner")?;
     sys::install_seccomp(&common.seccomp).step("install the system call filter")?;
     status.write_all(&[READY]).step("report")?;
-    sys::execute(program.as_fd(), &argv, &[]).step("execute the agent")
+    sys::execute(program.as_fd(), &argv, &env).step("execute the agent")
 }

@@ -72,6 +72,14 @@ pub(super) fn bind(source: &str, target: &str, read_only: bool) -> io::Result<()
     attach(copy.as_fd(), target)
 }
 
+/// Shows a device of the host. Only what it does is wanted of it.
+pub(super) fn bind_device(source: &str, target: &str) -> io::Result<()> {
+    let copy = detached_copy(Path::new(source), false)?;
+    let set = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    sys::mount_setattr(copy.as_fd(), &MountAttributes { set: set.bits().into(), ..MountAttributes::default() })?;
+    attach(copy.as_fd(), target)
+}
+
 pub(super) fn make_dir(path: &str, mode: u32) -> io::Result<()> {
     Ok(rustix::fs::mkdir(path, Mode::from_raw_mode(mode))?)
 }

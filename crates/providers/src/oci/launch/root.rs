@@ -8,7 +8,8 @@ use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::{devices, kernel_files, mounts};
-use crate::oci::spawner::protocol::{DiskPlan, Failure, FailureKind, HostPlan, RootPlan, Step};
+use crate::oci::rootless::Authority;
+use crate::oci::spawner::protocol::{DiskPlan, Failure, FailureKind, HostPlan, LaunchPlan, RootPlan, Step};
 
 /// Directories every sandbox has, whatever its image: mount points first. They
 /// are made in the writable layer, so that a symlink an image has in such a
@@ -19,14 +20,15 @@ const OWN_DIRECTORIES: [(&str, u32); 6] =
 /// Where the writable file system is mounted while the tree is built.
 const DISK: &str = "disk";
 
-/// Builds the tree and makes it `/`. Runs as the host's root in namespaces of
-/// its own; `user_namespace` says whose files they shall be.
+/// Builds the tree and makes it `/`. Runs with the spawner's rights in
+/// namespaces of its own; `user_namespace` says whose files they shall be.
 pub(super) fn build(
-    plan: &RootPlan,
-    hostname: &str,
+    launch: &LaunchPlan,
     user_namespace: BorrowedFd<'_>,
     disk: Option<OwnedFd>,
+    authority: &Authority,
 ) -> Result<(), Failure> {
+    let plan = &launch.root;
     mounts::separate_from_host().step("separate mounts from the host")?;
     let scratch = mounts::detached_tmpfs(&[("mode", "0700".into()), ("size", "1m".into())]).step("mount scratch")?;
     let scratch_path = plan.scratch.to_str().ok_or_else(|| not_text(&plan.scratch))?;
@@ -34,24 +36,31 @@ pub(super) fn build(
     rustix::process::chdir(scratch_path).step("enter scratch")?;
 
     place_disk(plan, disk)?;
-    prepare_writable(plan, hostname).step("prepare the writable layer")?;
-    let lower = place_layers(plan, user_namespace)?;
+    prepare_writable(plan, &launch.hostname).step("prepare the writable layer")?;
+    // An ordinary user's layers have the right owners as they are.
+    let owners = (*authority == Authority::Root).then_some(user_namespace);
+    let lower = place_layers(plan, owners)?;
     mounts::make_dir("root", 0o755).step("mount the root")?;
     // `volatile`: syncing the layer at the end of a sandbox would stall on the
     // host's disk for files that are deleted right after. Redirects and
     // metadata-only copies are off because layers are somebody else's bytes.
-    let options = format!(
+    let mut options = format!(
         "lowerdir={lower},upperdir={DISK}/upper,workdir={DISK}/work,\
          volatile,index=off,metacopy=off,redirect_dir=nofollow,xino=off"
     );
+    if *authority != Authority::Root {
+        // Only root may keep the overlay's notes where no guest can write.
+        options.push_str(",userxattr");
+    }
     mounts::mount_new("overlay", "root", MountFlags::NODEV | MountFlags::NOSUID, &options).step("mount the root")?;
 
     mounts::make_dir("empty", 0o555).step("mount the root")?;
     if let Some(host) = &plan.host {
         show_host(host).step("show the host's programs")?;
+        give_away(host, authority).step("give homes to their users")?;
     }
     rustix::process::chdir("root").step("enter the root")?;
-    devices::mount(plan.uid_base).step("mount /dev")?;
+    devices::mount(plan.uid_base, authority).step("mount /dev")?;
     kernel_files::mount()?;
     rustix::process::pivot_root(".", ".").step("change the root")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the host's root")?;
@@ -105,14 +114,14 @@ fn prepare_writable(plan: &RootPlan, hostname: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Puts every layer in reach with its owners shifted into the sandbox's range,
-/// and returns the overlay's list of them, top first.
-fn place_layers(plan: &RootPlan, user_namespace: BorrowedFd<'_>) -> Result<String, Failure> {
+/// Puts every layer in reach, with its owners shifted into the sandbox's range
+/// if that is asked, and returns the overlay's list of them, top first.
+fn place_layers(plan: &RootPlan, owners: Option<BorrowedFd<'_>>) -> Result<String, Failure> {
     let mut names = Vec::with_capacity(plan.layers.len());
     for (index, layer) in plan.layers.iter().enumerate() {
         let name = format!("l{index}");
         let mount = mounts::detached_copy(layer, false).step("open a layer of the image")?;
-        mounts::restrict(mount.as_fd(), false, Some(user_namespace)).step("shift the owners of a layer")?;
+        mounts::restrict(mount.as_fd(), false, owners).step("shift the owners of a layer")?;
         mounts::make_dir(&name, 0o755).step("mount a layer")?;
         mounts::attach(mount.as_fd(), &name).step("mount a layer")?;
         names.push(name);
@@ -138,6 +147,16 @@ fn show_host(host: &HostPlan) -> io::Result<()> {
     }
     for (path, own) in &host.private {
         mounts::bind(&inside(own)?, &inside(path)?, false)?;
+    }
+    Ok(())
+}
+
+/// Homes whose owner the builder of the skeleton had no right to set.
+fn give_away(host: &HostPlan, authority: &Authority) -> io::Result<()> {
+    for (path, owner) in host.owned.iter().filter(|(_, owner)| *owner < authority.ids()) {
+        let (uid, gid) = (Uid::from_raw(*owner), Gid::from_raw(*owner));
+        let inside = Path::new("root").join(path.strip_prefix("/").unwrap_or(path));
+        rustix::fs::chownat(CWD, &inside, Some(uid), Some(gid), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
     }
     Ok(())
 }

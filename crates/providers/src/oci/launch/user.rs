@@ -8,19 +8,31 @@ use std::path::Path;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 
+use crate::oci::rootless::Authority;
 use crate::oci::spawner::protocol::{Failure, FailureKind, LaunchPlan, Step};
 
 /// Longest user database that is looked into.
 const MAX_PASSWD_BYTES: u64 = 1 << 20;
 
 /// Hands `/workspace` to the sandbox's user and makes the working directory.
-pub(super) fn prepare_workspace(plan: &LaunchPlan) -> Result<(), Failure> {
+pub(super) fn prepare_workspace(plan: &LaunchPlan, authority: &Authority) -> Result<(), Failure> {
     if let Some(user) = plan.user.as_deref().filter(|user| !user.is_empty()) {
         let (uid, gid) = resolve(user).ok_or_else(|| Failure {
             kind: FailureKind::UnknownUser,
             step: "find the user".into(),
             message: format!("the image has no user `{user}`"),
         })?;
+        if uid.max(gid) >= authority.ids() {
+            return Err(Failure {
+                kind: FailureKind::UnknownUser,
+                step: "find the user".into(),
+                message: format!(
+                    "sandboxes of this server have {} uids, too few for the user `{user}` ({uid}:{gid}); use the user \
+                     `root`, or see `stacyvm providers oci` for how to have more",
+                    authority.ids()
+                ),
+            });
+        }
         rustix::fs::chown("/workspace", Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
             .step("hand over the workspace")?;
     }

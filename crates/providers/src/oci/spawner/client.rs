@@ -21,6 +21,9 @@ use crate::oci::sys;
 /// Longest a single order may take; a launch takes a few milliseconds.
 const ORDER_LIMIT: Duration = Duration::from_secs(20);
 
+/// Longest removal of what sandboxes left: a full disk of small files.
+const TRASH_LIMIT: Duration = Duration::from_mins(30);
+
 /// How the spawner is started: a program that calls
 /// [`spawner_main`](super::spawner_main) with these arguments.
 #[derive(Debug, Clone)]
@@ -43,8 +46,8 @@ pub(in crate::oci) enum CallError {
     /// It died, or stopped answering, with the order in its hands.
     #[error("the spawner ended")]
     Lost,
-    #[error("the spawner did not answer within {}", ORDER_LIMIT.as_secs())]
-    Late,
+    #[error("the spawner did not answer within {} s", .0.as_secs())]
+    Late(Duration),
     #[error(transparent)]
     Failed(#[from] Failure),
 }
@@ -68,12 +71,13 @@ impl Spawner {
         job: Job,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(Done, Vec<OwnedFd>), CallError> {
+        let limit = if matches!(job, Job::EmptyTrash { .. }) { TRASH_LIMIT } else { ORDER_LIMIT };
         let link = self.link().await.map_err(CallError::Start)?;
         let answer = link.order(job, fds).await?;
-        match tokio::time::timeout(ORDER_LIMIT, answer).await {
+        match tokio::time::timeout(limit, answer).await {
             Ok(Ok(answer)) => Ok(answer?),
             Ok(Err(_)) => Err(CallError::Lost),
-            Err(_) => Err(CallError::Late),
+            Err(_) => Err(CallError::Late(limit)),
         }
     }
 

@@ -10,18 +10,26 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Pid;
 
 use super::packet;
 use super::protocol::{Done, Failure, Identity, Job, LaunchPlan, MAX_MESSAGE_BYTES, Reply, Request, Step};
 use crate::oci::launch::{self, Common, LaunchFds};
+use crate::oci::rootless::{self, Authority};
 use crate::oci::sys::{self, Forked};
-use crate::oci::{ids, process, seccomp};
+use crate::oci::{process, seccomp, trash};
+
+/// How often to ask the kernel to seal the agent's file.
+const SEAL_ATTEMPTS: u32 = 20;
 
 /// Longest text a failing child may send.
 const MAX_STATUS_BYTES: u64 = 16 * 1024;
+
+/// How long a spawner that cannot work goes on saying so. The next one looks
+/// at the host anew.
+const REFUSING_TIME: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// Runs the spawner on the socket that standard input is, until the server is
 /// gone. For the host binary's hidden subcommand; call it before any thread
@@ -40,9 +48,14 @@ pub fn spawner_main(agent: &[u8]) -> ! {
 
 fn serve(agent: &[u8]) -> io::Result<()> {
     let control = sys::inherited(0);
-    sys::reap_children_automatically();
     rustix::thread::set_name(c"svm-spawner")?;
-    let common = Common { program: seal(agent)?, seccomp: seccomp::build().map_err(io::Error::other)? };
+    let authority = if rootless::applies() { rootless::enter() } else { Ok(Authority::Root) };
+    let authority = match authority {
+        Ok(authority) => authority,
+        Err(failure) => return refuse(&control, &failure),
+    };
+    sys::reap_children_automatically();
+    let common = Common { program: seal(agent)?, seccomp: seccomp::build().map_err(io::Error::other)?, authority };
     let mut spawner = Spawner { control, common, pending: Vec::new() };
     loop {
         let ready = spawner.wait()?;
@@ -53,6 +66,20 @@ fn serve(agent: &[u8]) -> io::Result<()> {
         if ready.control && !spawner.take_request()? {
             return Ok(());
         }
+    }
+}
+
+/// Answers every order alike, for a while.
+fn refuse(control: &OwnedFd, failure: &Failure) -> io::Result<()> {
+    loop {
+        match rustix::event::poll(&mut [PollFd::new(control, PollFlags::IN)], Some(&REFUSING_TIME)) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        let Some((request, _)) = packet::receive::<Request>(control)? else { return Ok(()) };
+        packet::send(control, &Reply { id: request.id, result: Err(failure.clone()) }, &[])?;
     }
 }
 
@@ -81,6 +108,7 @@ enum Outcome {
         pidfd: OwnedFd,
         identity: Identity,
     },
+    Trash,
 }
 
 struct Ready {
@@ -108,8 +136,14 @@ impl Spawner {
         let Some((request, fds)) = packet::receive::<Request>(&self.control)? else { return Ok(false) };
         let id = request.id;
         let started = match request.job {
-            Job::Pair { uid_base } => start_pair(id, uid_base),
+            Job::Authority => {
+                let result = Ok(Done::Authority(self.common.authority.clone()));
+                packet::send(&self.control, &Reply { id, result }, &[])?;
+                return Ok(true);
+            }
+            Job::Pair { uid_base } => start_pair(id, uid_base, &self.common.authority),
             Job::Launch(plan) => self.start_launch(id, &plan, fds),
+            Job::EmptyTrash { trash } => start_emptying(id, &trash),
         };
         match started {
             Ok(pending) => self.pending.push(pending),
@@ -171,17 +205,22 @@ impl Spawner {
 
 impl Pending {
     fn finish(self) -> Result<(Done, Vec<OwnedFd>), Failure> {
-        match self.said.strip_prefix(&[launch::READY]) {
-            Some([]) => {}
-            Some(text) => return Err(failure_from(text)),
-            None => return Err(failure_from(&self.said)),
-        }
+        let said = match (self.said.strip_prefix(&[launch::READY]), &self.outcome) {
+            (Some([]), Outcome::Pair { .. } | Outcome::Launch { .. }) => &[],
+            (Some(text), Outcome::Trash) => text,
+            (Some(text), Outcome::Pair { .. } | Outcome::Launch { .. }) => return Err(failure_from(text)),
+            (None, _) => return Err(failure_from(&self.said)),
+        };
         match self.outcome {
+            Outcome::Trash => {
+                let trees = serde_json::from_slice(said).step("empty the trash")?;
+                Ok((Done::TrashEmptied(trees), Vec::new()))
+            }
             Outcome::Launch { pidfd, identity } => Ok((Done::Launched(identity), vec![pidfd])),
             Outcome::Pair { pid, user, gate } => {
                 let network = open_namespace(pid, "net").step("open a network namespace")?;
                 drop(gate);
-                Ok((Done::Paired, vec![user, network]))
+                Ok((Done::Paired { spawner: std::process::id() }, vec![user, network]))
             }
         }
     }
@@ -193,7 +232,7 @@ fn failure_from(text: &[u8]) -> Failure {
 
 /// Makes a user namespace with its range of uids and a network namespace owned
 /// by it. They exist as long as somebody holds their descriptors.
-fn start_pair(id: u64, uid_base: u32) -> Result<Pending, Failure> {
+fn start_pair(id: u64, uid_base: u32, authority: &Authority) -> Result<Pending, Failure> {
     const STEP: &str = "make a pair of namespaces";
     let (status, status_of_child) = pipe().step(STEP)?;
     let (gate_of_child, gate) = pipe().step(STEP)?;
@@ -204,9 +243,10 @@ fn start_pair(id: u64, uid_base: u32) -> Result<Pending, Failure> {
         }
         Forked::Parent { pid, pidfd: _ } => {
             let directory = format!("/proc/{}", pid.as_raw_pid());
-            let map = format!("0 {uid_base} {}\n", ids::RANGE);
-            std::fs::write(format!("{directory}/uid_map"), &map).step(STEP)?;
-            std::fs::write(format!("{directory}/gid_map"), &map).step(STEP)?;
+            for kind in ["uid", "gid"] {
+                let map = authority.map(kind, uid_base).step(STEP)?;
+                std::fs::write(format!("{directory}/{kind}_map"), map).step(STEP)?;
+            }
             let user = open_namespace(pid, "user").step(STEP)?;
             let outcome = Outcome::Pair { pid, user, gate };
             Ok(Pending { id, status: status.into(), said: Vec::new(), outcome })
@@ -229,6 +269,24 @@ fn make_network(status: OwnedFd, gate: OwnedFd) -> ! {
     sys::exit_now(0)
 }
 
+/// Removes trees in a child of its own: that may take long, and others wait.
+fn start_emptying(id: u64, directory: &Path) -> Result<Pending, Failure> {
+    const STEP: &str = "empty the trash";
+    let (status, status_of_child) = pipe().step(STEP)?;
+    match sys::fork_into(0, None).step(STEP)? {
+        Forked::Child => {
+            drop(status);
+            let said = match trash::empty(directory).step(STEP) {
+                Ok(trees) => [&[launch::READY], trees.to_string().as_bytes()].concat(),
+                Err(failure) => serde_json::to_vec(&failure).unwrap_or_default(),
+            };
+            let _ = std::fs::File::from(status_of_child).write_all(&said);
+            sys::exit_now(0)
+        }
+        Forked::Parent { .. } => Ok(Pending { id, status: status.into(), said: Vec::new(), outcome: Outcome::Trash }),
+    }
+}
+
 /// The agent as a file in memory that nobody can change any more; all
 /// sandboxes share its pages.
 fn seal(agent: &[u8]) -> io::Result<OwnedFd> {
@@ -242,10 +300,24 @@ fn seal(agent: &[u8]) -> io::Result<OwnedFd> {
     let mut file = std::fs::File::from(memfd);
     file.write_all(agent)?;
     rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o555))?;
-    rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    add_seals(&file)?;
     // A descriptor open for writing would make the exec fail with ETXTBSY.
     let read_only = std::fs::File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     Ok(read_only.into())
+}
+
+/// The kernel refuses while somebody holds a page of the file, which on a busy
+/// machine its own bookkeeping does for a moment (`memfd_wait_for_pins`).
+fn add_seals(file: &std::fs::File) -> io::Result<()> {
+    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    for _ in 1..SEAL_ATTEMPTS {
+        match rustix::fs::fcntl_add_seals(file, seals) {
+            // It has waited for them itself.
+            Err(rustix::io::Errno::BUSY) => {}
+            done => return Ok(done?),
+        }
+    }
+    Ok(rustix::fs::fcntl_add_seals(file, seals)?)
 }
 
 fn open_namespace(pid: Pid, kind: &str) -> io::Result<OwnedFd> {

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::oci::rootless::Authority;
+
 /// Longest message in bytes: 128 layers with long paths fit many times.
 pub(in crate::oci) const MAX_MESSAGE_BYTES: usize = 128 * 1024;
 
@@ -29,6 +31,10 @@ pub(in crate::oci) enum Job {
     /// namespace, network namespace and, for [`DiskPlan::Mounted`], the mount.
     /// The reply carries a pidfd of its init.
     Launch(Box<LaunchPlan>),
+    /// Say on whose rights sandboxes are made.
+    Authority,
+    /// Remove everything in this directory, whoever owns it.
+    EmptyTrash { trash: PathBuf },
 }
 
 /// Everything the child of a launch has to know.
@@ -36,6 +42,8 @@ pub(in crate::oci) enum Job {
 pub(in crate::oci) struct LaunchPlan {
     /// Where the spawner notes who the sandbox's init is, before it runs.
     pub(in crate::oci) identity_file: PathBuf,
+    /// All the environment that the sandbox's init has.
+    pub(in crate::oci) label: String,
     pub(in crate::oci) hostname: String,
     pub(in crate::oci) root: RootPlan,
     pub(in crate::oci) cgroup: CgroupPlan,
@@ -81,6 +89,9 @@ pub(in crate::oci) struct HostPlan {
     pub(in crate::oci) hidden: Vec<PathBuf>,
     /// Below the shown ones, replaced by a writable directory of the sandbox.
     pub(in crate::oci) private: Vec<(PathBuf, PathBuf)>,
+    /// Directories of the skeleton, and whose they should be. Empty where they
+    /// are already.
+    pub(in crate::oci) owned: Vec<(PathBuf, u32)>,
 }
 
 /// How the child gets into its control groups.
@@ -100,8 +111,14 @@ pub(in crate::oci) struct Reply {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::oci) enum Done {
-    Paired,
+    /// By the spawner with this process id.
+    Paired {
+        spawner: u32,
+    },
     Launched(Identity),
+    Authority(Authority),
+    /// How many trees there were.
+    TrashEmptied(usize),
 }
 
 /// Who a sandbox's init is. A number alone may be somebody else's tomorrow.
@@ -130,6 +147,10 @@ pub(in crate::oci) enum FailureKind {
     UnknownUser,
     /// The image's content does not allow it.
     Image,
+    /// The kernel does not let this user have namespaces.
+    NamespacesForbidden,
+    /// The kernel does not let this user have a `/proc` or `/sys`.
+    KernelFilesHidden,
 }
 
 impl Failure {
