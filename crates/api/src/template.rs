@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{Duration, NetworkRequest, Timestamp};
+use crate::{Disk, Duration, NetworkRequest, Timestamp};
 
 /// A stored create request. Two vocabularies are in use and both are read and
 /// written: `vcpus`/`ttl` (SDKs) and `cpu_cores`/`ttl_seconds` (the server).
@@ -29,10 +29,23 @@ pub struct Template {
     pub allowed_hosts: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkRequest>,
+    /// Shorthand for `network.mode`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_mode: Option<String>,
+    /// User (name or uid) that commands run as; the image's own by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_size_mb: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Disk>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids_limit: Option<u64>,
+    /// Accept sandboxes on which some requested limits cannot be enforced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_unenforced: Option<bool>,
     #[serde(serialize_with = "crate::sandbox::maybe_whole_number", skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<f64>,
     #[serde(serialize_with = "crate::sandbox::maybe_whole_number", skip_serializing_if = "Option::is_none")]

@@ -95,6 +95,8 @@ impl Shared {
         let disk_size_mb = positive(request.disk_size_mb)
             .or_else(|| template.and_then(|template| positive(template.disk_size_mb)))
             .or(defaults.disk_size_mb);
+        let disk = request.disk.or(template.and_then(|template| template.disk));
+        let allow_unenforced = request.allow_unenforced.or(template.and_then(|template| template.allow_unenforced));
         let order = Order {
             image: image_of(request, template, &defaults.image)?,
             memory_mb: positive(request.memory_mb)
@@ -103,18 +105,20 @@ impl Shared {
             vcpus: processors(request.vcpus)?
                 .or(template.map(|template| processors(template.vcpus.or(template.cpu_cores))).transpose()?.flatten())
                 .unwrap_or(defaults.vcpus),
-            pids_limit: positive(request.pids_limit).unwrap_or(defaults.pids_limit),
+            pids_limit: positive(request.pids_limit)
+                .or_else(|| template.and_then(|template| positive(template.pids_limit)))
+                .unwrap_or(defaults.pids_limit),
             disk_size_mb,
-            disk: DiskRequest { size_mib: disk_size_mb, in_memory: request.disk == Some(Disk::Memory) },
+            disk: DiskRequest { size_mib: disk_size_mb, in_memory: disk == Some(Disk::Memory) },
             requested: requested_limits(request, template),
             ttl: self.ttl_of(owner.as_ref(), ttl)?,
             owner,
             tenant: caller.tenant.clone(),
             metadata: metadata_of(request, template)?,
             env: environment_of(request, template)?,
-            user: user_of(request.user.as_deref())?,
+            user: user_of(given(request.user.as_deref(), template.and_then(|template| template.user.as_deref())))?,
             network: self.network_of(request, template, provider.as_ref())?,
-            allow_unenforced: request.allow_unenforced.unwrap_or(false),
+            allow_unenforced: allow_unenforced.unwrap_or(false),
             template: name.map(str::to_owned),
             setup: template.and_then(|template| template.setup.clone()).unwrap_or_default(),
             provider: Arc::clone(provider),
@@ -134,7 +138,7 @@ impl Shared {
             .as_ref()
             .map(|network| network.mode.clone())
             .or_else(|| blank_is_none(request.network_mode.as_deref()).map(NetworkMode::parse))
-            .or_else(|| template.and_then(|template| template.network.as_ref()).map(|network| network.mode.clone()))
+            .or_else(|| template.and_then(template_network_mode))
             .or_else(|| self.options.defaults.network.clone())
             .unwrap_or_else(|| if provider.capabilities().network { NetworkMode::Bridge } else { NetworkMode::None });
         let mut allow = Vec::new();
@@ -193,12 +197,17 @@ fn requested_limits(request: &CreateRequest, template: Option<&Template>) -> BTr
     [
         (Limit::Memory, number(request.memory_mb) || of_template(&|template| number(template.memory_mb))),
         (Limit::Cpu, processors(request.vcpus) || of_template(&|t| processors(t.vcpus.or(t.cpu_cores)))),
-        (Limit::Pids, number(request.pids_limit)),
+        (Limit::Pids, number(request.pids_limit) || of_template(&|template| number(template.pids_limit))),
         (Limit::Disk, number(request.disk_size_mb) || of_template(&|template| number(template.disk_size_mb))),
     ]
     .into_iter()
     .filter_map(|(limit, asked)| asked.then_some(limit))
     .collect()
+}
+
+fn template_network_mode(template: &Template) -> Option<NetworkMode> {
+    let shorthand = || blank_is_none(template.network_mode.as_deref()).map(NetworkMode::parse);
+    template.network.as_ref().map(|network| network.mode.clone()).or_else(shorthand)
 }
 
 fn template_ttl(template: &Template) -> Option<stacyvm_api::Duration> {

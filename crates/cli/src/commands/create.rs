@@ -78,18 +78,6 @@ impl SandboxArgs {
         }
     }
 
-    /// An option that was given and that a template cannot keep.
-    pub(crate) fn beyond_templates(&self) -> Option<&'static str> {
-        [
-            (self.disk_in_memory, "--disk-in-memory"),
-            (self.pids_limit.is_some(), "--pids-limit"),
-            (self.user.is_some(), "--user"),
-            (self.allow_unenforced, "--allow-unenforced"),
-        ]
-        .into_iter()
-        .find_map(|(given, option)| given.then_some(option))
-    }
-
     pub(crate) fn network_request(&self) -> Option<NetworkRequest> {
         if self.network.is_none() && self.allow.is_empty() {
             return None;

@@ -131,13 +131,6 @@ fn template_of(args: SaveArgs) -> anyhow::Result<Template> {
         template.name = args.name;
         return Ok(template);
     }
-    if let Some(option) = args.sandbox.beyond_templates() {
-        return Err(Advice::new(
-            format!("a template has no place for {option}"),
-            format!("leave it out here, and pass {option} to `stacyvm spawn --template {}`", args.name),
-        )
-        .into());
-    }
     let request = args.sandbox.request(None);
     let image = request.image.ok_or_else(|| Advice::new("a template needs an image", "pass --image or --file"))?;
     Ok(Template {
@@ -147,8 +140,12 @@ fn template_of(args: SaveArgs) -> anyhow::Result<Template> {
         provider: request.provider,
         setup: (!args.setup.is_empty()).then_some(args.setup),
         network: request.network,
+        user: request.user,
         memory_mb: request.memory_mb,
         disk_size_mb: request.disk_size_mb,
+        disk: request.disk,
+        pids_limit: request.pids_limit,
+        allow_unenforced: request.allow_unenforced,
         vcpus: request.vcpus,
         ttl: request.ttl,
         env: request.env,

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use stacyvm_api::{
-    CreateRequest, ErrorCode, NetworkMode, NetworkRequest, Template, TemplateSecret, TemplateSpawnRequest,
+    CreateRequest, Disk, ErrorCode, Limit, NetworkMode, NetworkRequest, Template, TemplateSecret, TemplateSpawnRequest,
 };
 use stacyvm_engine::{CreateOptions, EngineError};
 use stacyvm_providers::mock::MockOperation;
+use stacyvm_sandbox::DiskRequest;
 
 use crate::harness::{Host, caller, create_with, of_owner, run};
 
@@ -22,6 +23,10 @@ fn full() -> Template {
         network: Some(NetworkRequest { mode: NetworkMode::Bridge, allow: vec!["192.168.7.1".to_owned()] }),
         memory_mb: Some(300),
         disk_size_mb: Some(77),
+        disk: Some(Disk::Memory),
+        pids_limit: Some(55),
+        user: Some("1000".to_owned()),
+        allow_unenforced: Some(true),
         cpu_cores: Some(0.5),
         ttl_seconds: Some(120),
         env: Some(pair("MODE", "template")),
@@ -87,7 +92,9 @@ async fn every_field_is_applied_at_spawn() {
     let sandbox = engine.spawn_template(&owner, "python", spawn, CreateOptions::default()).await.unwrap();
     let spec = host.mock.spec(&sandbox.id).unwrap();
     assert_eq!((spec.image.as_str(), spec.memory_mib, spec.vcpus), ("python:3.12", 300, 0.5));
-    assert_eq!(spec.disk.size_mib, Some(77));
+    assert_eq!(spec.disk, DiskRequest { size_mib: Some(77), in_memory: true });
+    assert_eq!((spec.pids_limit, spec.user.as_deref(), spec.allow_unenforced), (55, Some("1000"), true));
+    assert!(spec.requested.contains(&Limit::Pids));
     assert_eq!(spec.network.allow, ["10.1.0.0/16", "192.168.7.1"]);
     assert_eq!(sandbox.expires_at.since(sandbox.created_at).as_secs(), 120);
     assert_eq!(sandbox.owner_id, owner.owner);

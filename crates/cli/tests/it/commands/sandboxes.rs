@@ -3,7 +3,7 @@
 use std::process::Stdio;
 
 use serde_json::Value;
-use stacyvm_api::{Event, EventKind, ProviderDetail, ProviderHealth, Sandbox, SandboxState, Template};
+use stacyvm_api::{Disk, Event, EventKind, Limit, ProviderDetail, ProviderHealth, Sandbox, SandboxState, Template};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use super::Fixture;
@@ -126,11 +126,14 @@ async fn templates_keep_every_field_and_apply_it() {
     let more =
         ["--ttl", "7m", "-e", "GREETING=hello", "--metadata", "kind=e2e", "--setup", "echo ready > /workspace/up"];
     let last = ["--network", "none", "--description", "for tests"];
-    server.run(&[&save[..], &more, &last].concat()).await.ok().says("saved e2e-data, version 1");
+    let ours = ["--pids-limit", "77", "--user", "1000", "--disk", "16", "--disk-in-memory", "--allow-unenforced"];
+    server.run(&[&save[..], &more, &last, &ours].concat()).await.ok().says("saved e2e-data, version 1");
     let kept: Template = server.run(&["template", "get", "e2e-data", "--json"]).await.json();
     let fields = (kept.memory_mb, kept.vcpus, kept.description.as_deref(), kept.setup.as_deref());
     let setup = ["echo ready > /workspace/up".to_owned()];
     assert_eq!(fields, (Some(80), Some(0.5), Some("for tests"), Some(&setup[..])));
+    let fields = (kept.pids_limit, kept.user.as_deref(), kept.disk, kept.allow_unenforced);
+    assert_eq!(fields, (Some(77), Some("1000"), Some(Disk::Memory), Some(true)));
     server.run(&["template", "list"]).await.ok().says("e2e-data").says("80 MiB");
     let again = serde_json::to_string(&kept).expect("JSON");
     let copied = ["template", "save", "e2e-copy", "--file", "-"];
@@ -142,8 +145,11 @@ async fn templates_keep_every_field_and_apply_it() {
         assert_eq!((made.memory_mb, made.vcpus, made.metadata["kind"].as_str()), (80, 0.5, "e2e"));
         assert_eq!(made.expires_at.since(made.created_at).as_secs(), 7 * 60);
         let id = made.id.as_str();
-        let seen = server.run(&["exec", id, "--shell", "--", "echo $GREETING; cat up"]).await.ok();
-        assert_eq!(seen.stdout(), "hello\nready\n");
+        let seen = server.run(&["exec", id, "--shell", "--", "echo $GREETING; cat up; id -u"]).await.ok();
+        assert_eq!(seen.stdout(), "hello\nready\n1000\n");
+        let limits = made.limits.expect("what is enforced");
+        assert!(limits.enforced.contains(&Limit::Pids), "{limits:?}");
+        assert_eq!(limits.disk_backend.as_deref(), Some("memory"));
         server.run(&["kill", id]).await.ok();
     }
     let ran = server.run(&["run", "--template", "e2e-data", "--shell", "--", "echo $GREETING"]).await.ok();
@@ -153,17 +159,6 @@ async fn templates_keep_every_field_and_apply_it() {
     }
     assert_eq!(server.run(&["template", "get", "e2e-data"]).await.says("e2e-data").status(), Some(1));
     server.run(&["template", "save", "e2e-data"]).await.failed(1).says("--image");
-}
-
-/// What a template has no place for is refused instead of being forgotten.
-#[tokio::test(flavor = "multi_thread")]
-async fn options_that_a_template_cannot_keep_are_refused() {
-    let server = Server::shared().await;
-    for option in [&["--pids-limit", "9"][..], &["--user", "1000"], &["--disk-in-memory"], &["--allow-unenforced"]] {
-        let save = [&["template", "save", "e2e-refused", "--image", "host"][..], option].concat();
-        server.run(&save).await.failed(1).says(option[0]);
-    }
-    assert_eq!(server.run(&["template", "get", "e2e-refused"]).await.status(), Some(1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
