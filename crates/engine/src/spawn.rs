@@ -140,7 +140,7 @@ impl Shared {
         self.store.writer().save_sandbox(record.to_row(self.now()));
         let started = Instant::now();
         let made = async {
-            self.store.writer().committed().await?;
+            self.store.writer().recorded().await?;
             tokio::select! {
                 biased;
                 () = record.abort_create.cancelled() => Err(EngineError::SandboxNotFound(id.clone())),
@@ -158,7 +158,7 @@ impl Shared {
                 if record.has_setup {
                     // Recovery cannot tell how far a set-up came, so that this
                     // state is waited for.
-                    let _recovered_otherwise = self.store.writer().committed().await;
+                    let _recovered_otherwise = self.store.writer().recorded().await;
                 }
                 // A destroy may have come first.
                 if record.state() == SandboxState::Running {

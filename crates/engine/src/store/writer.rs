@@ -1,7 +1,8 @@
 //! One connection writes everything, in batches.
 //!
 //! Callers leave what is to be written and go on; the record of a new sandbox
-//! is the one thing that is waited for. A newer version of the same record
+//! is the one thing that is waited for, and does not wait for the logs of
+//! others. A newer version of the same record
 //! replaces an older one that is still pending, so that what is pending is
 //! bounded by the number of sandboxes and commands; logs and events are bounded
 //! by number, and what does not fit is counted and dropped.
@@ -15,6 +16,7 @@ use sqlx::Connection as _;
 use sqlx::sqlite::SqliteConnection;
 use stacyvm_api::{ExecId, SandboxId};
 use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::events::{self, StoredEvent};
@@ -22,7 +24,7 @@ use super::rows::{ExecRow, OperationRow, SandboxRow};
 use super::{Doing as _, StoreError, execs, sandboxes};
 
 /// How long a batch that nobody waits for is gathered.
-const GATHER: Duration = Duration::from_millis(10);
+const GATHER: Duration = Duration::from_millis(25);
 /// Log entries that may be pending, of each kind.
 const LOG_PENDING_MAX: usize = 20_000;
 /// Pauses between attempts while the database fails.
@@ -48,8 +50,12 @@ struct Pending {
     execs: BTreeMap<ExecId, ExecRow>,
     operations: VecDeque<OperationRow>,
     events: VecDeque<Arc<StoredEvent>>,
-    waiting: Vec<oneshot::Sender<Result<(), StoreError>>>,
+    /// Who waits for the records of sandboxes, and who for everything.
+    for_records: Vec<Waiting>,
+    for_all: Vec<Waiting>,
 }
+
+type Waiting = oneshot::Sender<Result<(), StoreError>>;
 
 impl Writer {
     pub(super) fn new(connection: SqliteConnection) -> Self {
@@ -89,10 +95,19 @@ impl Writer {
         self.push(event, |pending| &mut pending.events);
     }
 
+    /// Waits until every record of a sandbox left so far is in the file.
+    pub(crate) async fn recorded(&self) -> Result<(), StoreError> {
+        self.written(|pending| &mut pending.for_records).await
+    }
+
     /// Waits until everything left so far is in the file.
     pub(crate) async fn committed(&self) -> Result<(), StoreError> {
+        self.written(|pending| &mut pending.for_all).await
+    }
+
+    async fn written(&self, queue: impl FnOnce(&mut Pending) -> &mut Vec<Waiting>) -> Result<(), StoreError> {
         let (sender, receiver) = oneshot::channel();
-        self.pending().waiting.push(sender);
+        queue(&mut self.pending()).push(sender);
         self.some.notify_one();
         self.urgent.notify_one();
         let ended = || Err(StoreError::new("write to the database", "the writer has ended"));
@@ -121,17 +136,25 @@ impl Writer {
         // Whoever waits when this future ends, or is dropped, hears so.
         let _ended = self.ended.clone().drop_guard();
         let mut pause = RETRY_FIRST;
+        // Until when logs are gathered, while there are some.
+        let mut gathered: Option<Instant> = None;
         loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = self.some.notified() => {}
+            if gathered.is_none() {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = self.some.notified() => {}
+                }
             }
-            tokio::select! {
+            let until = *gathered.get_or_insert_with(|| Instant::now() + GATHER);
+            let written = tokio::select! {
                 () = stop.cancelled() => return,
-                () = self.urgent.notified() => {}
-                () = tokio::time::sleep(GATHER) => {}
-            }
-            match self.flush().await {
+                () = self.urgent.notified() => self.flush_urgent().await,
+                () = tokio::time::sleep_until(until) => {
+                    gathered = None;
+                    self.flush().await
+                }
+            };
+            match written {
                 Ok(()) => pause = RETRY_FIRST,
                 Err(error) => {
                     tracing::error!(error = ?error, "writing to the database failed and is tried again");
@@ -148,12 +171,21 @@ impl Writer {
 
     /// Writes what is pending in one transaction.
     pub(crate) async fn flush(&self) -> Result<(), StoreError> {
+        self.write_batch(std::mem::take).await
+    }
+
+    /// Writes what somebody waits for.
+    async fn flush_urgent(&self) -> Result<(), StoreError> {
+        self.write_batch(Pending::take_urgent).await
+    }
+
+    async fn write_batch(&self, take: impl FnOnce(&mut Pending) -> Pending) -> Result<(), StoreError> {
         let mut connection = self.connection.lock().await;
         // Taken under the connection's lock, so that batches keep their order.
-        let mut batch = std::mem::take(&mut *self.pending());
+        let mut batch = take(&mut self.pending());
         let written = write(&mut connection, &batch).await.doing("write to the database");
         self.failing.store(written.is_err(), Ordering::Relaxed);
-        for waiting in batch.waiting.drain(..) {
+        for waiting in batch.for_records.drain(..).chain(batch.for_all.drain(..)) {
             let _gave_up = waiting.send(match &written {
                 Ok(()) => Ok(()),
                 Err(error) => Err(error.shared()),
@@ -201,6 +233,20 @@ impl Writer {
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pending {
+    /// The records, and the rest only where somebody waits for that too.
+    fn take_urgent(&mut self) -> Self {
+        if !self.for_all.is_empty() {
+            return std::mem::take(self);
+        }
+        Self {
+            sandboxes: std::mem::take(&mut self.sandboxes),
+            for_records: std::mem::take(&mut self.for_records),
+            ..Self::default()
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 
@@ -17,6 +18,13 @@ use super::network::{Network, Port};
 use super::rootless;
 use super::spawner::protocol::{Done, Job};
 use super::spawner::{CallError, Spawner};
+
+/// How long nobody takes a pair before the next one is made, while there are
+/// enough: making them must not slow down the sandboxes that are being made.
+const CALM: Duration = Duration::from_millis(5);
+
+/// One in so many of the wanted pairs is enough in this sense.
+const ENOUGH: usize = 4;
 
 /// Two namespaces and the uids they stand for.
 pub(super) struct Pair {
@@ -94,6 +102,10 @@ impl PairPool {
     pub(super) async fn refill(&self) {
         loop {
             while self.lock().len() < self.wanted {
+                let enough = self.lock().len() >= self.wanted / ENOUGH;
+                if enough && tokio::time::timeout(CALM, self.taken.notified()).await.is_ok() {
+                    continue;
+                }
                 match self.make().await {
                     Ok(pair) => self.lock().push_back(pair),
                     Err(error) => {

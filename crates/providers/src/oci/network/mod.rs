@@ -8,6 +8,7 @@ mod addresses;
 mod dns;
 mod firewall;
 mod netlink;
+mod remover;
 mod router;
 
 use std::collections::BTreeSet;
@@ -25,6 +26,7 @@ pub(super) use firewall::{Destination, nft};
 
 use super::claims::Claims;
 use addresses::{PORTS, SUBNETS};
+use remover::Removal;
 use router::{Order, Setup};
 
 /// Most destinations one sandbox may be allowed.
@@ -57,6 +59,7 @@ struct Ports {
 struct Up {
     subnet: Subnet,
     orders: std::sync::mpsc::Sender<Order>,
+    removals: std::sync::mpsc::Sender<Removal>,
     _names: AbortOnDropHandle<()>,
 }
 
@@ -105,7 +108,7 @@ impl Network {
         let Connected { port, allowed } = connected;
         let up = self.up.lock().await.clone();
         if let Some(up) = up {
-            up.order(|done| Order::Detach { port, destinations: allowed, done }).await?;
+            up.remove(port, allowed).await?;
         }
         let mut ports = self.lock();
         ports.used.remove(&port);
@@ -175,7 +178,7 @@ impl Network {
             }
         });
         tracing::info!(device = subnet.host_device(), addresses = subnet.cidr(), "network for sandboxes is up");
-        Ok(Up { subnet, orders: router.orders, _names: AbortOnDropHandle::new(names) })
+        Ok(Up { subnet, orders: router.orders, removals: router.removals, _names: AbortOnDropHandle::new(names) })
     }
 
     /// This server's subnet; true when it was not ours before.
@@ -212,6 +215,14 @@ impl Up {
         let (done, answer) = oneshot::channel();
         let gone = || io::Error::other("the router's thread ended");
         self.orders.send(order(done)).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Takes a port's devices and permissions away.
+    async fn remove(&self, port: u32, destinations: Vec<Destination>) -> io::Result<()> {
+        let (done, answer) = oneshot::channel();
+        let gone = || io::Error::other("the router's remover ended");
+        self.removals.send(Removal { port, destinations, done }).map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 }

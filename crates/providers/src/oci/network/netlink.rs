@@ -20,6 +20,10 @@ use rtnetlink::{AddressMessageBuilder, RouteMessageBuilder};
 /// Room for an acknowledgement, which carries the request back.
 const ANSWER_BYTES: usize = 64 * 1024;
 
+/// Group that devices are put into to be taken away together. Devices of ours
+/// are in the default one, zero, until then.
+const LEAVING_GROUP: u32 = 0x7376_6d00;
+
 /// One end of a veth.
 pub(super) struct VethEnd<'a> {
     pub(super) name: &'a str,
@@ -66,10 +70,20 @@ impl Netlink {
         if index == 0 {
             message.attributes.push(LinkAttribute::IfName(name.to_owned()));
         }
-        match self.order(RouteNetlinkMessage::DelLink(message), 0) {
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
-            result => result,
+        unless_missing(self.order(RouteNetlinkMessage::DelLink(message), 0))
+    }
+
+    /// Takes many devices away in one go, which takes the kernel as long as one.
+    pub(super) fn remove_devices(&mut self, indices: impl Iterator<Item = u32>) -> io::Result<()> {
+        for index in indices {
+            let mut message = LinkMessage::default();
+            message.header.index = index;
+            message.attributes.push(LinkAttribute::Group(LEAVING_GROUP));
+            unless_missing(self.order(RouteNetlinkMessage::SetLink(message), 0))?;
         }
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Group(LEAVING_GROUP));
+        unless_missing(self.order(RouteNetlinkMessage::DelLink(message), 0))
     }
 
     pub(super) fn bring_up(&mut self, index: u32) -> io::Result<()> {
@@ -148,6 +162,14 @@ impl Netlink {
                 return verdict.code.map_or(Ok(()), |_| Err(verdict.to_io()));
             }
         }
+    }
+}
+
+/// A device that is gone already is fine.
+fn unless_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        result => result,
     }
 }
 

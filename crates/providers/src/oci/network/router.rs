@@ -9,7 +9,8 @@
 //!
 //! A bridge would end at 1,023 ports; a route per sandbox does not. One thread
 //! owns the namespace and does all work in it, one order at a time: the kernel
-//! has a single lock for all of this anyway. The namespace is mounted on a file
+//! has a single lock for all of this anyway. Only what takes long, taking ports
+//! away, is left to another (`remover`). The namespace is mounted on a file
 //! in the run directory, so that sandboxes keep their network while the server
 //! is being restarted.
 
@@ -31,6 +32,7 @@ use super::addresses::{
 };
 use super::firewall::{self, Destination};
 use super::netlink::{Netlink, VethEnd, index_of};
+use super::remover::{self, Removal};
 use crate::oci::sys;
 
 /// Loopback's number in every namespace.
@@ -51,8 +53,6 @@ pub(super) enum Order {
     Attach { port: u32, namespace: OwnedFd, done: oneshot::Sender<io::Result<()>> },
     /// Let a port reach more than the internet.
     Allow { port: u32, destinations: Vec<Destination>, done: oneshot::Sender<io::Result<()>> },
-    /// Take a port's devices and permissions away.
-    Detach { port: u32, destinations: Vec<Destination>, done: oneshot::Sender<io::Result<()>> },
     /// Take everything away.
     Remove { done: oneshot::Sender<io::Result<()>> },
 }
@@ -69,6 +69,7 @@ pub(super) struct Setup {
 /// A running router.
 pub(super) struct Router {
     pub(super) orders: mpsc::Sender<Order>,
+    pub(super) removals: mpsc::Sender<Removal>,
     /// The gateway's sockets for names, made inside the router's namespace.
     pub(super) names: (UdpSocket, TcpListener),
 }
@@ -78,15 +79,15 @@ pub(super) fn start(setup: Setup) -> io::Result<Router> {
     let (orders, inbox) = mpsc::channel();
     let (up, is_up) = mpsc::channel();
     std::thread::Builder::new().name("svm-router".into()).spawn(move || match Worker::start(setup) {
-        Ok((worker, names)) => {
-            if up.send(Ok(names)).is_ok() {
+        Ok((worker, removals, names)) => {
+            if up.send(Ok((removals, names))).is_ok() {
                 worker.work(&inbox);
             }
         }
         Err(error) => drop(up.send(Err(error))),
     })?;
-    let names = is_up.recv().map_err(|_| io::Error::other("the router's thread ended"))??;
-    Ok(Router { orders, names })
+    let (removals, names) = is_up.recv().map_err(|_| io::Error::other("the router's thread ended"))??;
+    Ok(Router { orders, removals, names })
 }
 
 /// Takes away what a router with this subnet left on the host, whoever ran it.
@@ -110,7 +111,7 @@ struct Worker {
 
 impl Worker {
     /// Runs on the router's thread, which from here on lives in its namespace.
-    fn start(setup: Setup) -> io::Result<(Self, (UdpSocket, TcpListener))> {
+    fn start(setup: Setup) -> io::Result<(Self, mpsc::Sender<Removal>, (UdpSocket, TcpListener))> {
         let host = own_namespace()?;
         let (mtu, in_host) = (way_out_mtu(), Netlink::open()?);
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(while_doing("let the host forward packets"))?;
@@ -125,8 +126,9 @@ impl Worker {
             worker.connect_uplink().map_err(while_doing("connect the router to the host"))?;
         }
         worker.load_rules()?;
+        let removals = remover::start(worker.router.try_clone()?, Netlink::open()?)?;
         let names = worker.listen_for_names().map_err(while_doing("listen for name queries"))?;
-        Ok((worker, names))
+        Ok((worker, removals, names))
     }
 
     fn work(mut self, inbox: &mpsc::Receiver<Order>) {
@@ -137,7 +139,6 @@ impl Worker {
                 Order::Allow { port, destinations, done } => {
                     done.send(firewall::load(&firewall::change_allowed("add", port, &destinations)))
                 }
-                Order::Detach { port, destinations, done } => done.send(self.detach(port, &destinations)),
                 Order::Remove { done } => {
                     let _ = done.send(self.remove());
                     return;
@@ -183,14 +184,6 @@ impl Worker {
         in_guest.add_direct_route(GUEST_INDEX, subnet.gateway())?;
         in_guest.add_neighbour(GUEST_INDEX, subnet.gateway(), router_mac(port))?;
         in_guest.add_route_via(GUEST_INDEX, std::net::Ipv4Addr::UNSPECIFIED, 0, subnet.gateway())
-    }
-
-    fn detach(&mut self, port: u32, destinations: &[Destination]) -> io::Result<()> {
-        self.in_router.remove_device(port_index(port), &port_device(port))?;
-        if destinations.is_empty() {
-            return Ok(());
-        }
-        firewall::load(&firewall::change_allowed("delete", port, destinations))
     }
 
     /// Makes sure the rules know a port.
