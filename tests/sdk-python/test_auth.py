@@ -71,3 +71,20 @@ async def test_the_async_client_is_treated_the_same(keyed_server):
 
 def test_the_key_is_not_in_the_log(keyed_server):
     assert keyed_server.api_key.encode() not in keyed_server.log.read_bytes()
+
+
+def test_a_key_made_on_the_server_works_until_it_is_revoked(keyed_server):
+    with keyed_server.raw() as admin:
+        made = admin.post("/admin/keys", json={"name": "sdk", "ttl": "1h", "owner_id": "alice"}).json()
+        key = made["key"]
+        with keyed_server.client(api_key=key) as client, client.spawn() as sandbox:
+            assert sandbox.exec("echo stored").stdout == "stored\n"
+            assert admin.get(f"/sandboxes/{sandbox.id}").json()["owner_id"] == "alice"
+        assert admin.delete(f"/admin/keys/{made['id']}").status_code == 200
+        with keyed_server.client(api_key=key) as client, pytest.raises(StacyVMError) as refused:
+            client.list()
+        assert refused.value.code == "UNAUTHORIZED"
+        assert key not in str(refused.value)
+        paths = [record["path"] for record in admin.get("/admin/audit", params={"actor": "key:sdk"}).json()]
+    assert "/api/v1/sandboxes" in paths and f"/api/v1/sandboxes/{sandbox.id}/exec" in paths
+    assert key.encode() not in keyed_server.log.read_bytes()

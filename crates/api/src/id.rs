@@ -8,8 +8,8 @@ use utoipa::ToSchema;
 
 const BASE36: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
 
-/// Characters after the `sb-` prefix: 36^20 is 103 bits, so that a preview host
-/// name cannot be guessed.
+/// Characters after the prefix of our ids: 36^20 is 103 bits, so that a preview
+/// host name cannot be guessed.
 const SANDBOX_ID_RANDOM_CHARS: usize = 20;
 
 /// Longest id accepted from a remote runtime that names its own sandboxes.
@@ -27,6 +27,8 @@ pub enum ParseIdError {
     Owner,
     #[error("an exec id is `ex-` and {SANDBOX_ID_RANDOM_CHARS} characters of a-z and 0-9")]
     Exec,
+    #[error("a key's id is `key-` and {SANDBOX_ID_RANDOM_CHARS} characters of a-z and 0-9")]
+    Key,
 }
 
 /// Names one sandbox: `sb-` and 20 characters of base 36, from the system's
@@ -82,9 +84,31 @@ impl FromStr for ExecId {
     type Err = ParseIdError;
 
     fn from_str(text: &str) -> Result<Self, ParseIdError> {
-        let body = text.strip_prefix("ex-").ok_or(ParseIdError::Exec)?;
-        let valid = body.len() == SANDBOX_ID_RANDOM_CHARS && body.bytes().all(|byte| BASE36.contains(&byte));
-        if valid { Ok(Self(text.to_owned())) } else { Err(ParseIdError::Exec) }
+        if is_random_id(text, "ex-") { Ok(Self(text.to_owned())) } else { Err(ParseIdError::Exec) }
+    }
+}
+
+/// Names one API key. It is no secret, and not derived from one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schema(value_type = String, example = "key-7c1v8b3n5q6w4f9k2m0x")]
+pub struct KeyId(String);
+
+impl KeyId {
+    pub fn random() -> Self {
+        Self(random_id("key-"))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for KeyId {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        if is_random_id(text, "key-") { Ok(Self(text.to_owned())) } else { Err(ParseIdError::Key) }
     }
 }
 
@@ -128,6 +152,11 @@ fn random_id(prefix: &str) -> String {
     id
 }
 
+fn is_random_id(text: &str, prefix: &str) -> bool {
+    text.strip_prefix(prefix)
+        .is_some_and(|body| body.len() == SANDBOX_ID_RANDOM_CHARS && body.bytes().all(|byte| BASE36.contains(&byte)))
+}
+
 macro_rules! text_conversions {
     ($($name:ident),*) => {$(
         impl fmt::Display for $name {
@@ -153,7 +182,7 @@ macro_rules! text_conversions {
         }
     )*};
 }
-text_conversions!(SandboxId, ExecId, OwnerId);
+text_conversions!(SandboxId, ExecId, KeyId, OwnerId);
 
 #[cfg(test)]
 mod tests {

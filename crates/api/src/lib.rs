@@ -5,12 +5,14 @@
 //! Rust client share one definition. Field names are a contract with published
 //! SDKs; a field that an SDK must not see is absent, never `null`.
 
+mod audit;
 mod duration;
 mod error;
 mod event;
 mod exec;
 mod file;
 mod id;
+mod key;
 mod port;
 mod provider;
 mod quota;
@@ -19,6 +21,7 @@ mod system;
 mod template;
 mod timestamp;
 
+pub use audit::{AuditQuery, AuditRecord};
 pub use duration::{Duration, ParseDurationError};
 pub use error::{ErrorBody, ErrorCode};
 pub use event::{Event, EventKind};
@@ -30,7 +33,8 @@ pub use file::{
     ChmodRequest, ContentEncoding, FileInfo, FileKind, MakeDirRequest, MoveRequest, WatchEvent, WatchEventKind,
     WriteRequest,
 };
-pub use id::{ExecId, OwnerId, ParseIdError, SandboxId};
+pub use id::{ExecId, KeyId, OwnerId, ParseIdError, SandboxId};
+pub use key::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, KeyScope, ParseKeyScopeError};
 pub use port::{Port, PortAccess, PortLink, PortLinkRequest, PortRequest};
 pub use provider::{Finding, FindingLevel, ProviderDetail, ProviderHealth};
 pub use quota::{OwnerQuota, OwnerQuotaRequest, OwnerUsage, QuotaSummary};

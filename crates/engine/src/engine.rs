@@ -5,19 +5,20 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use stacyvm_api::{
-    AdmissionDecision, CreateRequest, Duration, ExecId, ExecRequest, ExecResult, ListQuery, OwnerId, OwnerQuota,
-    OwnerQuotaRequest, OwnerUsage, PortAccess, ProcessSummary, ProviderDetail, ProviderHealth, QuotaSummary, Sandbox,
-    SandboxId, SandboxStats, Template, TemplateSpawnRequest,
+    AdmissionDecision, AuditQuery, CreateRequest, Duration, ExecId, ExecRequest, ExecResult, ListQuery, OwnerId,
+    OwnerQuota, OwnerQuotaRequest, OwnerUsage, PortAccess, ProcessSummary, ProviderDetail, ProviderHealth,
+    QuotaSummary, Sandbox, SandboxId, SandboxStats, Template, TemplateSpawnRequest,
 };
 use stacyvm_sandbox::{Provider, Session, SessionError, TerminalSize};
 use tokio_util::sync::CancellationToken;
 
+use crate::audit::{AuditEntry, AuditPage};
 use crate::exec::{ExecPage, RunningExec, StartOptions};
 use crate::file::FileOperation;
 use crate::metrics::{MetricsSnapshot, ReadinessReport, StoreHealth};
 use crate::shared::Shared;
 use crate::token::derived_key;
-use crate::{EngineError, EngineOptions, EventStream, start, template};
+use crate::{EngineError, EngineOptions, EventStream, Keys, start, template};
 
 /// Who makes a call, as the server authenticated it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -406,6 +407,24 @@ impl Engine {
 
     pub fn owner_usage(&self, owner: &OwnerId) -> OwnerUsage {
         self.shared.owner_usage(owner)
+    }
+
+    // Access.
+
+    /// The stored API keys. Whether a call needs one is the server's to decide.
+    pub fn keys(&self) -> &Keys {
+        &self.shared.keys
+    }
+
+    /// Leaves a call to be written to the audit log. Returns at once; what the
+    /// database cannot keep up with is counted and dropped.
+    pub fn record_call(&self, entry: AuditEntry) {
+        self.shared.record_call(entry);
+    }
+
+    /// Calls as they were recorded, everything before this one included.
+    pub async fn audit(&self, query: &AuditQuery) -> Result<AuditPage, EngineError> {
+        self.shared.audit(query).await
     }
 
     // Events.

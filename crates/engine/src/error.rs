@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use stacyvm_api::{ErrorCode, EventKind, ExecId, ExecResult, SandboxId, SandboxState};
+use stacyvm_api::{ErrorCode, EventKind, ExecId, ExecResult, KeyId, SandboxId, SandboxState};
 use stacyvm_sandbox::{ProviderError, SessionError};
 
 use crate::store::StoreError;
@@ -33,6 +33,10 @@ pub enum EngineError {
     SecretsUnresolved { template: String, names: Vec<String> },
     #[error("quota of owner `{0}` does not exist")]
     QuotaNotFound(String),
+    #[error("the key {0} does not exist, or is revoked")]
+    KeyNotFound(KeyId),
+    #[error("a key named `{0}` exists already")]
+    KeyExists(String),
     #[error("setup command {index} of template `{template}` {outcome}")]
     SetupFailed { template: String, index: usize, outcome: String },
     #[error("{0}")]
@@ -78,6 +82,8 @@ pub enum LimitExceeded {
     Resource { what: &'static str, asked: f64, max: f64 },
     #[error("resource limit exceeded: {max} commands run in this sandbox, which is the maximum")]
     Execs { max: usize },
+    #[error("resource limit exceeded: there are {max} keys, which is the maximum; revoke some first")]
+    Keys { max: usize },
 }
 
 impl LimitExceeded {
@@ -92,6 +98,7 @@ impl LimitExceeded {
             Self::ExecTimeout { .. } => "max_exec_timeout",
             Self::Resource { what, .. } => what,
             Self::Execs { .. } => "max_execs",
+            Self::Keys { .. } => "max_keys",
         }
     }
 }
@@ -107,8 +114,11 @@ impl EngineError {
             | Self::ExecNotFound { .. }
             | Self::ProviderNotFound(_)
             | Self::TemplateNotFound(_)
-            | Self::QuotaNotFound(_) => ErrorCode::NotFound,
-            Self::SandboxNotReady { .. } | Self::TemplateExists(_) | Self::IdempotencyConflict => ErrorCode::Conflict,
+            | Self::QuotaNotFound(_)
+            | Self::KeyNotFound(_) => ErrorCode::NotFound,
+            Self::SandboxNotReady { .. } | Self::TemplateExists(_) | Self::KeyExists(_) | Self::IdempotencyConflict => {
+                ErrorCode::Conflict
+            }
             Self::Limit(_) => ErrorCode::ResourceLimit,
             Self::ExecTimeout { .. } => ErrorCode::Timeout,
             Self::ProviderTimeout { .. } | Self::Store(_) | Self::ShuttingDown => ErrorCode::Unavailable,
@@ -130,9 +140,11 @@ impl EngineError {
                 Some("remove `secrets` from the template and pass the values in `env` instead".to_owned())
             }
             Self::Session(error) => session_hint(error).map(str::to_owned),
+            Self::KeyExists(_) => Some("revoke it first, or choose another name".to_owned()),
             Self::InvalidInput(_)
             | Self::SandboxNotFound(_)
             | Self::ExecNotFound { .. }
+            | Self::KeyNotFound(_)
             | Self::ProviderNotFound(_)
             | Self::TemplateNotFound(_)
             | Self::TemplateExists(_)
@@ -189,6 +201,8 @@ impl EngineError {
             | Self::TemplateExists(_)
             | Self::SecretsUnresolved { .. }
             | Self::QuotaNotFound(_)
+            | Self::KeyNotFound(_)
+            | Self::KeyExists(_)
             | Self::IdempotencyConflict
             | Self::BadEventId(_)
             | Self::ShuttingDown => None,

@@ -6,6 +6,7 @@
 //! server turns its results and [`EngineError`]s into responses.
 
 mod admission;
+mod audit;
 mod clock;
 mod end;
 mod engine;
@@ -15,6 +16,7 @@ mod exec;
 mod file;
 mod health;
 mod idempotency;
+mod key;
 mod lifecycle;
 mod metrics;
 mod missing;
@@ -34,12 +36,14 @@ mod store;
 mod template;
 mod token;
 
+pub use audit::{AuditEntry, AuditKind, AuditPage};
 pub use clock::Clock;
 pub use engine::{Caller, CreateOptions, Destroyed, Engine, SandboxPage};
 pub use error::{EngineError, LimitExceeded};
 pub use event::{EventItem, EventStream};
 pub use exec::{ExecEvent, ExecExit, ExecPage, ExecStream, OutputChannel, RunningExec, StartOptions};
 pub use file::{FileOperation, FileOperationKind};
+pub use key::{KEY_DIGITS, KEY_PREFIX, KeyLookup, Keys, RevokedKeys, StoredKey, has_key_form};
 pub use metrics::{
     BUCKET_BOUNDS_MS, EventStats, MetricsSnapshot, OperationMetric, QueueStats, ReadinessReport, SandboxCounts,
     StoreHealth,

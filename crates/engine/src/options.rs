@@ -156,6 +156,12 @@ pub struct Retention {
     pub destroyed_sandboxes: Duration,
     pub exec_log: Duration,
     pub operation_log: Duration,
+    /// `None` keeps audit records for ever, as far as their number is not
+    /// bounded.
+    pub audit_log: Option<Duration>,
+    /// The newest this many changes and refusals stay in the audit log.
+    pub audit_calls: u32,
+    pub audit_refusals: u32,
     /// Events are bounded by number: the newest this many can be replayed.
     pub events: u64,
 }
@@ -163,7 +169,15 @@ pub struct Retention {
 impl Default for Retention {
     fn default() -> Self {
         const DAY: Duration = Duration::from_hours(24);
-        Self { destroyed_sandboxes: 7 * DAY, exec_log: 7 * DAY, operation_log: 30 * DAY, events: 100_000 }
+        Self {
+            destroyed_sandboxes: 7 * DAY,
+            exec_log: 7 * DAY,
+            operation_log: 30 * DAY,
+            audit_log: None,
+            audit_calls: 1_000_000,
+            audit_refusals: 100_000,
+            events: 100_000,
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use crate::quota::Quotas;
 use crate::record::Record;
 use crate::store::{OperationRow, Store};
 use crate::token::agent_token;
-use crate::{Caller, EngineError, EngineOptions};
+use crate::{Caller, EngineError, EngineOptions, Keys};
 
 /// Longest text kept of what an operation was about or how it failed.
 const LOG_TEXT_MAX_BYTES: usize = 2048;
@@ -41,6 +41,7 @@ pub(crate) struct Shared {
     pub(crate) health: HealthCache,
     pub(crate) templates: RwLock<BTreeMap<String, Template>>,
     pub(crate) creates: Creates,
+    pub(crate) keys: Keys,
     /// An expiry changed: the reaper looks again.
     pub(crate) expiry_changed: Notify,
     /// No more creates and commands.

@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 use crate::quota::Quotas;
 use crate::shared::Shared;
 use crate::store::Store;
-use crate::{EngineError, EngineOptions};
+use crate::{EngineError, EngineOptions, Keys};
 
 /// Longest wait for background work at an orderly end.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(10);
@@ -38,6 +38,7 @@ pub(crate) async fn start(
     let quotas = Arc::new(Quotas::default());
     quotas.load(store.quotas().await?);
     let templates = store.templates().await?;
+    let keys = Keys::load(store.clone(), options.clock.clone()).await?;
     let admission = Admission::new(options.limits.clone(), options.spawn_overflow, Arc::clone(&quotas));
     let shared = Arc::new(Shared {
         options,
@@ -49,6 +50,7 @@ pub(crate) async fn start(
         health: HealthCache::default(),
         templates: RwLock::new(templates.into_iter().map(|found| (found.name.clone(), found)).collect()),
         creates: Creates::default(),
+        keys,
         expiry_changed: Notify::new(),
         closing: AtomicBool::new(false),
         tasks: TaskTracker::new(),

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use crate::App;
+use crate::peer::Peer;
 use crate::preview::{self, Arrival};
 
 /// A connection that sends no request head for this long is closed; also the
@@ -48,13 +49,14 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    async fn answer(mut self, arrival: Arrival, request: Request<Incoming>) -> Response {
+    async fn answer(mut self, arrival: Arrival, mut request: Request<Incoming>) -> Response {
         if self.surface == Surface::PreviewPaths {
             return preview::by_path(&self.app, arrival, request).await;
         }
         if let Some((host, address)) = self.app.previews.named(&request) {
             return preview::by_host(&self.app, host, address, arrival, request).await;
         }
+        request.extensions_mut().insert(Peer(arrival.peer));
         Service::call(&mut self.router, request).await.unwrap_or_else(|never| match never {})
     }
 }

@@ -13,43 +13,69 @@ use futures_util::FutureExt;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use stacyvm_api::ErrorCode;
+use tracing::Instrument as _;
 
-use crate::App;
+use crate::auth::Authenticator;
 use crate::error::{ApiError, REQUEST_ID};
 use crate::guard::{self, CorsGrant};
 use crate::table::{BASE, NO_STORE};
+use crate::unread::BodyRead;
+use crate::{App, gate};
 
 /// Longest request id that is taken over from a client.
 const REQUEST_ID_MAX_BYTES: usize = 128;
+
+/// Answers of the API are data: as a page they may do nothing.
+const API_POLICY: &str = "default-src 'none'; frame-ancestors 'none'; sandbox";
 
 /// Label of requests that no route matched, so that scanners cannot grow the
 /// metrics.
 const UNMATCHED: &str = "unmatched";
 
-pub(crate) async fn edge(State(app): State<App>, request: Request, next: Next) -> Response {
+pub(crate) async fn edge(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let started = Instant::now();
-    let request_id = request_id(request.headers());
+    let request_id = request_id(&app.auth, request.headers());
+    request.extensions_mut().insert(RequestId(request_id.clone()));
     let method = request.method().clone();
-    let path = request.uri().path().to_owned();
+    let path = app.auth.without_keys(request.uri().path()).into_owned();
+    let is_api = path.starts_with(BASE);
     let route = request.extensions().get::<MatchedPath>().cloned();
 
-    let (mut response, grant) = pass(&app, request, next).await;
+    let body_read = BodyRead::watch(&mut request);
+    // Whatever is logged meanwhile can be found by the id.
+    let span = tracing::info_span!("request", request_id);
+    let (mut response, grant) = pass(&app, request, next).instrument(span).await;
     let failure = envelope(&mut response, &request_id);
-    finish_headers(response.headers_mut(), &grant, &request_id);
+    grant.apply(response.headers_mut());
+    protect(response.headers_mut(), is_api);
+    body_read.announce_close(&mut response);
+    if let Ok(value) = HeaderValue::from_str(&request_id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
 
     let status = response.status();
     let elapsed = started.elapsed();
     let route = route.as_ref().map_or(UNMATCHED, MatchedPath::as_str);
     app.http_metrics.observe(&method, route, status, elapsed);
-    log(&method, &path, status, elapsed, &request_id, failure.as_ref());
+    log(&app, &method, &path, status, elapsed, &request_id, failure.as_ref());
     response
+}
+
+/// The id of a request: an extension of it.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestId(String);
+
+impl RequestId {
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 /// The guards, then the routes. A panic becomes an error of this request only.
 async fn pass(app: &App, request: Request, next: Next) -> (Response, CorsGrant) {
     let host = authority(&request);
     if let Err(refused) = app.guard.check_host(host.as_ref()) {
-        return (refused.into_response(), CorsGrant::None);
+        return (refuse(app, &request, refused), CorsGrant::None);
     }
     let mut grant = CorsGrant::None;
     if request.uri().path().starts_with(BASE) {
@@ -58,7 +84,7 @@ async fn pass(app: &App, request: Request, next: Next) -> (Response, CorsGrant) 
         }
         match app.guard.check_origin(request.headers(), host.as_ref()) {
             Ok(granted) => grant = granted,
-            Err(refused) => return (refused.into_response(), CorsGrant::None),
+            Err(refused) => return (refuse(app, &request, refused), CorsGrant::None),
         }
     }
     let response = AssertUnwindSafe(next.run(request)).catch_unwind().await.unwrap_or_else(|panic| {
@@ -75,8 +101,17 @@ fn preflight(app: &App, request: &Request, host: Option<&Authority>) -> (Respons
             grant.apply_preflight(response.headers_mut());
             (response, CorsGrant::None)
         }
-        Err(refused) => (refused.into_response(), CorsGrant::None),
+        Err(refused) => (refuse(app, request, refused), CorsGrant::None),
     }
+}
+
+/// Refused before any route looks at it.
+fn refuse(app: &App, request: &Request, refused: ApiError) -> Response {
+    let response = refused.into_response();
+    if response.status() == StatusCode::FORBIDDEN {
+        gate::refused_at_the_edge(app, request, response.status());
+    }
+    response
 }
 
 /// Which server the request means: HTTP/2 and proxies say it in the URI,
@@ -116,20 +151,29 @@ fn envelope(response: &mut Response, request_id: &str) -> Option<ApiError> {
     Some(failure)
 }
 
-fn finish_headers(headers: &mut HeaderMap, grant: &CorsGrant, request_id: &str) {
-    grant.apply(headers);
-    // What a sandbox wrote must never run as a page of this origin.
+/// What keeps browsers from doing more with an answer than reading it: what a
+/// sandbox wrote must never run as a page of this origin, nor be framed, kept or
+/// told to others.
+fn protect(headers: &mut HeaderMap, is_api: bool) {
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    if let Ok(value) = HeaderValue::from_str(request_id) {
-        headers.insert(REQUEST_ID, value);
+    headers.insert(header::X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    if is_api {
+        headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(API_POLICY));
+        headers.entry(header::CACHE_CONTROL).or_insert(NO_STORE);
+    } else {
+        headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(HeaderValue::from_static(API_POLICY));
     }
 }
 
-/// The client's own id where it is short and printable, else a new one.
-fn request_id(headers: &HeaderMap) -> String {
+/// The client's own id where it is short and printable and holds no key, else a
+/// new one.
+fn request_id(auth: &Authenticator, headers: &HeaderMap) -> String {
     let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     match given {
-        Some(text) if !text.is_empty() && text.len() <= REQUEST_ID_MAX_BYTES => text.to_owned(),
+        Some(text) if !text.is_empty() && text.len() <= REQUEST_ID_MAX_BYTES && !auth.finds_key_in(text) => {
+            text.to_owned()
+        }
         _ => random_uuid(),
     }
 }
@@ -144,6 +188,7 @@ pub(crate) fn random_uuid() -> String {
 }
 
 fn log(
+    app: &App,
     method: &http::Method,
     path: &str,
     status: StatusCode,
@@ -157,7 +202,7 @@ fn log(
         tracing::info!(target: "stacyvm::access", %method, path, status, duration_ms, request_id);
         return;
     };
-    let (code, message, cause) = (failure.code(), failure.message(), failure.cause());
+    let (code, message, cause) = (failure.code(), &*app.auth.without_keys(failure.message()), failure.cause());
     if code == ErrorCode::InternalError || cause.is_some() {
         tracing::warn!(target: "stacyvm::access", %method, path, status, duration_ms, request_id, %code, message, cause);
     } else {
@@ -171,22 +216,4 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("unknown")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn request_ids_are_taken_over_when_short_and_printable() {
-        let headers = |value: &str| -> HeaderMap {
-            [(REQUEST_ID.parse().unwrap(), value.parse().unwrap())].into_iter().collect()
-        };
-        assert_eq!(request_id(&headers("abc-1")), "abc-1");
-        for refused in ["", &"x".repeat(129), "caf\u{e9}"] {
-            let id = request_id(&headers(refused));
-            assert_eq!(id.len(), 36, "{refused:?} gave {id}");
-            assert_eq!(&id[14..15], "4");
-        }
-    }
 }

@@ -11,13 +11,13 @@ use http::{HeaderMap, header};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 use stacyvm_api::{ErrorCode, ExecId, OwnerId, SandboxId};
-use stacyvm_engine::Caller;
+use stacyvm_engine::{Caller, has_key_form};
 
 use crate::App;
-use crate::auth::Role;
+use crate::auth::Identity;
 use crate::error::ApiError;
 use crate::preview::Address;
-use crate::table::{self, BodyRule, Rule};
+use crate::table::{BodyRule, Rule};
 
 /// A JSON body has to arrive within this time (http-api 1: read timeout).
 const JSON_BODY_DEADLINE: Duration = Duration::from_secs(30);
@@ -25,8 +25,11 @@ const JSON_BODY_DEADLINE: Duration = Duration::from_secs(30);
 /// Longest `Idempotency-Key`.
 const IDEMPOTENCY_KEY_MAX_BYTES: usize = 255;
 
-/// The authenticated caller.
+/// The authenticated caller, as the engine sees it.
 pub(crate) struct From(pub(crate) Caller);
+
+/// The authenticated caller, with what its key allows.
+pub(crate) struct Who(pub(crate) Identity);
 
 /// A JSON body. An empty one is an error unless the route's rule says
 /// otherwise; `null` is an object of defaults.
@@ -47,11 +50,19 @@ pub(crate) struct Exec(pub(crate) SandboxId, pub(crate) ExecId);
 /// Any single name in the path, decoded once.
 pub(crate) struct Name(pub(crate) String);
 
-/// Who calls: role from the keys, owner and tenant as the caller says.
-pub(crate) fn caller(headers: &HeaderMap, role: Role) -> Result<Caller, ApiError> {
-    let owner = owner_header(headers, "x-user-id")?;
+/// Who calls: the identity from the keys, the tenant as the caller says, and so
+/// the owner unless the key is bound to one.
+pub(crate) fn caller(headers: &HeaderMap, identity: &Identity) -> Result<Caller, ApiError> {
+    let named = owner_header(headers, "x-user-id")?;
+    let owner = match (identity.owner(), named) {
+        (Some(bound), Some(named)) if *bound != named => {
+            return Err(ApiError::new(ErrorCode::Forbidden, format!("this key acts for {bound} only"))
+                .hint("leave the header X-User-ID out, or use a key without an owner"));
+        }
+        (bound, named) => named.or_else(|| bound.cloned()),
+    };
     let tenant = owner_header(headers, "x-tenant-id")?.map(String::from);
-    Ok(Caller { owner, actor: table::actor(role).to_owned(), tenant })
+    Ok(Caller { owner, actor: identity.actor(), tenant })
 }
 
 pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
@@ -67,6 +78,10 @@ pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Api
 fn owner_header(headers: &HeaderMap, name: &'static str) -> Result<Option<OwnerId>, ApiError> {
     let Some(value) = headers.get(name) else { return Ok(None) };
     let text = std::str::from_utf8(value.as_bytes()).map_err(|_| bad_header(name, "it is not UTF-8"))?;
+    // It would stay in records for ever.
+    if has_key_form(text.trim().as_bytes()) {
+        return Err(bad_header(name, "it holds an API key; keys go into X-API-Key"));
+    }
     OwnerId::parse_optional(text).map_err(|error| bad_header(name, &error.to_string()))
 }
 
@@ -80,6 +95,15 @@ impl FromRequestParts<App> for From {
     async fn from_request_parts(parts: &mut Parts, _app: &App) -> Result<Self, ApiError> {
         // Always there: the route table puts it in before any handler runs.
         Ok(Self(parts.extensions.get::<Caller>().cloned().unwrap_or_default()))
+    }
+}
+
+impl FromRequestParts<App> for Who {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _app: &App) -> Result<Self, ApiError> {
+        // Like the caller, from the route table.
+        Ok(Self(parts.extensions.get::<Identity>().cloned().unwrap_or(Identity::NOBODY)))
     }
 }
 

@@ -24,7 +24,8 @@ const SEC_FETCH_SITE: &str = "sec-fetch-site";
 const ALLOWED_METHODS: &str = "GET, POST, PUT, PATCH, DELETE, OPTIONS";
 const ALLOWED_HEADERS: &str = "Content-Type, X-API-Key, X-Admin-API-Key, X-Request-ID, X-User-ID, X-Tenant-ID, \
     Authorization, Range, Last-Event-ID, Idempotency-Key, X-StacyVM-Upload";
-const EXPOSED_HEADERS: &str = "X-Request-ID, X-Next-Cursor, X-Exit-Code, X-Exec-ID, Content-Range, Retry-After";
+const EXPOSED_HEADERS: &str = "X-Request-ID, X-Next-Cursor, X-Exit-Code, X-Exec-ID, Content-Range, Retry-After, \
+    X-RateLimit-Limit, X-RateLimit-Remaining";
 
 /// How long a browser may keep a preflight's answer.
 const PREFLIGHT_MAX_AGE_SECONDS: &str = "600";

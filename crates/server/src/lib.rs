@@ -1,30 +1,35 @@
 //! The HTTP surface: routes, authentication, streaming, and the API document.
 //!
 //! A request passes, in this order, the edge (request id, guards against web
-//! pages, CORS, panics, access log), the router, its route's declaration
-//! (scope, body rule) and the handler. Failures become bodies in one place,
+//! pages, CORS, panics, access log), the router, the gate (identity, rate limit,
+//! scope, audit), the body rule of its route and the handler. Failures become bodies in one place,
 //! [`error`]; routes are declared in one table, [`routes`].
 //!
 //! What happens to sandboxes is the engine's; this crate knows HTTP and nothing
 //! of providers.
 
+mod audit;
 mod auth;
 mod connection;
 mod edge;
 mod error;
 mod extract;
+mod gate;
 mod guard;
 mod host_stats;
 mod linger;
 mod metrics;
 mod openapi;
 mod options;
+mod peer;
 mod preview;
+mod rate_limit;
 mod reply;
 mod routes;
 mod server;
 mod table;
 mod tls;
+mod unread;
 mod utf8;
 
 use std::net::{IpAddr, SocketAddr};
@@ -37,8 +42,11 @@ use stacyvm_engine::Engine;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use auth::{Role, Scope};
-pub use options::{AdminFallback, BodyLimits, DEFAULT_PORT, PreviewOptions, ProbeAccess, Secret, ServerOptions};
+pub use auth::Scope;
+pub use options::{
+    AdminFallback, Authentication, BodyLimits, DEFAULT_PORT, PreviewOptions, ProbeAccess, RateLimitKey,
+    RateLimitOptions, Secret, ServerOptions,
+};
 use preview::Scheme;
 pub use server::Server;
 pub use table::{BASE, BodyRule, RouteInfo};
@@ -48,15 +56,27 @@ pub use tls::{TlsError, TlsFiles};
 pub enum ServerError {
     #[error(
         "refusing to listen on {host}{} without a key: anybody who can reach it could run code here. \
-         Set auth.api_key (STACYVM_AUTH_API_KEY), or listen on 127.0.0.1",
+         Make one (stacyvm key create --data-dir), set auth.api_key (STACYVM_AUTH_API_KEY), or listen on 127.0.0.1",
         meaning(.host, .address)
     )]
     OpenBeyondLoopback { host: String, address: IpAddr },
     #[error(
         "refusing to let pages of any origin (`*` in server.cors_allowed_origins) call a server without a key. \
-         Set auth.api_key, or list the origins"
+         Make one (stacyvm key create), set auth.api_key, or list the origins"
     )]
     OpenToEveryOrigin,
+    #[error(
+        "callers need a key, and no key is valid. Set auth.api_key, or make a key: \
+         stacyvm key create NAME --scope admin --data-dir DIR"
+    )]
+    NoUsableKey,
+    #[error(
+        "auth.enabled is false, and there are valid keys: the server would look closed and be open. \
+         Take the setting out, or revoke the keys"
+    )]
+    KeysWithoutAuthentication,
+    #[error("server.trusted_proxies: `{0}` is no address or network; write for example 10.0.0.5 or 10.0.0.0/8")]
+    TrustedProxy(String),
     #[error("server.cors_allowed_origins: `{0}` is not an origin; write for example https://app.example.com")]
     CorsOrigin(String),
     #[error("server.allowed_hosts: `{0}` is not a host; write for example api.example.com or *.example.com")]
@@ -105,6 +125,7 @@ pub(crate) struct Shared {
     pub(crate) engine: Engine,
     pub(crate) options: ServerOptions,
     pub(crate) auth: auth::Authenticator,
+    pub(crate) gate: gate::Gate,
     pub(crate) guard: guard::Guard,
     pub(crate) previews: preview::Previews,
     pub(crate) started: Instant,
@@ -126,7 +147,8 @@ impl App {
         listener: (Scheme, u16),
     ) -> Result<Self, ServerError> {
         Ok(Self(Arc::new(Shared {
-            auth: auth::Authenticator::new(&options),
+            auth: auth::Authenticator::new(&options, engine.keys().clone()),
+            gate: gate::Gate::new(&options)?,
             guard: guard::Guard::new(&options, beyond_loopback)?,
             previews: preview::Previews::new(&options, &engine, listener)?,
             started: Instant::now(),

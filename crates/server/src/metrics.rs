@@ -22,6 +22,7 @@ use prometheus_client::registry::Registry;
 use stacyvm_engine::{BUCKET_BOUNDS_MS, MetricsSnapshot, OperationMetric};
 
 use crate::host_stats::ProcessStats;
+use crate::rate_limit::RateLimitStats;
 
 pub(crate) const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(crate) const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -86,6 +87,7 @@ fn method_label(method: &Method) -> String {
 pub(crate) struct Scrape<'a> {
     pub(crate) http: &'a HttpMetrics,
     pub(crate) snapshot: MetricsSnapshot,
+    pub(crate) rate_limit: RateLimitStats,
     pub(crate) process: ProcessStats,
     pub(crate) uptime: Duration,
 }
@@ -97,6 +99,7 @@ impl Scrape<'_> {
         self.http.register(&mut registry);
         registry.register_collector(Box::new(EngineMetrics {
             snapshot: self.snapshot,
+            rate_limit: self.rate_limit,
             process: self.process,
             uptime: self.uptime,
         }));
@@ -141,6 +144,7 @@ fn to_prometheus(open_metrics: &str) -> Result<String, fmt::Error> {
 #[derive(Debug)]
 struct EngineMetrics {
     snapshot: MetricsSnapshot,
+    rate_limit: RateLimitStats,
     process: ProcessStats,
     uptime: Duration,
 }
@@ -229,6 +233,13 @@ impl EngineMetrics {
             (kind("max_exec_timeout"), quotas.with_max_exec_timeout),
         ];
         writer.gauges("stacyvm_owner_quota_overrides_total", "Limits of owners by kind.", overrides)?;
+
+        let limit = &self.rate_limit;
+        writer.counter("stacyvm_rate_limit_allowed", "Requests within the rate limit.", limit.allowed_total)?;
+        writer.counter("stacyvm_rate_limit_blocked", "Requests beyond the rate limit.", limit.limited_total)?;
+        let help = "Callers that the rate limit forgot.";
+        writer.counter("stacyvm_rate_limit_evicted_buckets", help, limit.evicted_total)?;
+        writer.gauge("stacyvm_rate_limit_active_buckets", "Callers that are counted.", limit.active_buckets)?;
 
         writer.gauge("stacyvm_store_healthy", "Whether the database answers.", u64::from(store.healthy))?;
         let help = "Log entries dropped because the database could not keep up.";

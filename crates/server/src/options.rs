@@ -2,6 +2,7 @@
 //! configuration; nothing here reads the environment.
 
 use std::fmt;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use stacyvm_api::Version;
@@ -19,6 +20,9 @@ const DEFAULT_JSON_BYTES: usize = 1 << 20;
 /// through the raw upload, which has no limit of its own.
 const DEFAULT_FILE_JSON_BYTES: usize = 64 << 20;
 
+/// Refused requests of one address in a minute.
+const DEFAULT_FAILURES_PER_MINUTE: u32 = 60;
+
 /// How long open requests may go on after a shutdown was asked for.
 const DEFAULT_SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
 
@@ -31,6 +35,14 @@ pub struct ServerOptions {
     pub api_key: Option<Secret>,
     pub admin_api_key: Option<Secret>,
     pub admin_fallback: AdminFallback,
+    pub authentication: Authentication,
+    pub rate_limit: Option<RateLimitOptions>,
+    /// Requests without a valid key that one address may make in a minute; more
+    /// are answered 429, and keys that can be guessed are not compared then.
+    /// `None` allows any number.
+    pub failures_per_minute: Option<NonZeroU32>,
+    /// Addresses and networks of proxies whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<String>,
     pub probes: ProbeAccess,
     /// `Host` values to answer to besides loopback names: `name`, `name:port`
     /// or `*.domain`.
@@ -51,6 +63,53 @@ pub struct ServerOptions {
 pub enum AdminFallback {
     Enabled,
     Disabled,
+}
+
+/// Whether callers need a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Authentication {
+    /// Once there is or ever was one: configured, or stored.
+    WhenThereIsAKey,
+    /// A server without any key does not start.
+    Required,
+    /// A server with a key does not start.
+    Off,
+}
+
+/// How often everybody may call (http-api 4.4).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RateLimitOptions {
+    pub requests_per_minute: NonZeroU32,
+    /// Requests at once after a pause.
+    pub burst: NonZeroU32,
+    pub key_by: RateLimitKey,
+    /// How long an idle caller is remembered, and how often that is looked at.
+    pub bucket_ttl: Duration,
+    pub cleanup_interval: Duration,
+}
+
+/// Whose requests are counted together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RateLimitKey {
+    /// Those for one owner, else those with one key, else those of one address.
+    /// An owner is the one a key is bound to, or the one whom a configured key or
+    /// one with `admin:*` names.
+    Owner,
+    /// Those with one key, else those of one address.
+    ApiKey,
+    /// Those of one address.
+    Address,
+}
+
+impl RateLimitKey {
+    /// The published word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Owner => "owner",
+            Self::ApiKey => "api_key",
+            Self::Address => "ip",
+        }
+    }
 }
 
 /// Who may read `/live`, `/health` and `/ready`.
@@ -80,6 +139,14 @@ pub struct PreviewOptions {
     pub path_port: Option<u16>,
 }
 
+/// Characters from which on a key is taken for a random one, that nobody finds by
+/// trying (control-plane 3.3).
+const UNGUESSABLE_BYTES: usize = 32;
+
+/// Keys below this length are not looked for in logs: they would be found in
+/// ordinary words.
+const RECOGNISABLE_BYTES: usize = 16;
+
 /// A key that is compared in constant time and never printed.
 #[derive(Clone)]
 pub struct Secret(String);
@@ -93,6 +160,16 @@ impl Secret {
 
     pub(crate) fn matches(&self, presented: &[u8]) -> bool {
         self.0.as_bytes().ct_eq(presented).into()
+    }
+
+    pub(crate) fn can_be_guessed(&self) -> bool {
+        self.0.len() < UNGUESSABLE_BYTES
+    }
+
+    /// The text without this key, if it holds it.
+    pub(crate) fn hidden_in(&self, text: &str) -> Option<String> {
+        let held = self.0.len() >= RECOGNISABLE_BYTES && text.contains(&self.0);
+        held.then(|| text.replace(&self.0, "…"))
     }
 }
 
@@ -110,6 +187,10 @@ impl Default for ServerOptions {
             api_key: None,
             admin_api_key: None,
             admin_fallback: AdminFallback::Enabled,
+            authentication: Authentication::WhenThereIsAKey,
+            rate_limit: None,
+            failures_per_minute: NonZeroU32::new(DEFAULT_FAILURES_PER_MINUTE),
+            trusted_proxies: Vec::new(),
             probes: ProbeAccess::Public,
             allowed_hosts: Vec::new(),
             cors_origins: Vec::new(),

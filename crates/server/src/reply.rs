@@ -4,7 +4,7 @@ use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use http_body::Frame;
 use http_body_util::StreamBody;
 use serde::Serialize;
@@ -12,6 +12,9 @@ use stacyvm_api::ErrorCode;
 
 use crate::error::ApiError;
 use crate::table::NO_STORE;
+
+/// Where the next page of a list begins.
+pub(crate) const NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
 
 /// A JSON answer.
 pub(crate) struct Reply<T> {
@@ -40,7 +43,7 @@ impl<T: Serialize> Reply<T> {
     /// Where the next page of a list begins.
     pub(crate) fn next_cursor(mut self, cursor: Option<&str>) -> Self {
         if let Some(value) = cursor.and_then(|cursor| HeaderValue::from_str(cursor).ok()) {
-            self.headers.insert("x-next-cursor", value);
+            self.headers.insert(NEXT_CURSOR, value);
         }
         self
     }

@@ -42,11 +42,6 @@ impl Server {
     pub async fn bind(options: ServerOptions, engine: Engine) -> Result<Self, ServerError> {
         let targets = resolve(&options.host, options.port).await?;
         let beyond_loopback = targets.iter().find(|address| !address.ip().to_canonical().is_loopback());
-        let has_key = options.api_key.is_some() || options.admin_api_key.is_some();
-        if let (Some(address), false) = (beyond_loopback, has_key) {
-            return Err(ServerError::OpenBeyondLoopback { host: options.host, address: address.ip() });
-        }
-        let beyond_loopback = beyond_loopback.is_some();
         let main = listen(&targets).await?;
         let preview_paths = match options.preview.path_port {
             Some(port) => listen(&resolve(&options.host, port).await?).await?,
@@ -61,11 +56,20 @@ impl Server {
             None => None,
         };
         let port = addresses(&main).first().map_or(options.port, SocketAddr::port);
-        let app = App::new(options, engine, beyond_loopback, (scheme(tls.as_ref()), port))?;
-        if app.guard.allows_any_origin() && !has_key {
+        let app = App::new(options, engine, beyond_loopback.is_some(), (scheme(tls.as_ref()), port))?;
+        app.auth.check()?;
+        if let (Some(address), true) = (beyond_loopback, app.auth.is_open()) {
+            return Err(ServerError::OpenBeyondLoopback { host: app.options.host.clone(), address: address.ip() });
+        }
+        if app.guard.allows_any_origin() && app.auth.is_open() {
             return Err(ServerError::OpenToEveryOrigin);
         }
         Ok(Self { app, main, preview_paths, tls })
+    }
+
+    /// Whether callers need a key.
+    pub fn demands_key(&self) -> bool {
+        !self.app.auth.is_open()
     }
 
     /// Where it listens: more than one for a name such as `localhost`.

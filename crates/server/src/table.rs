@@ -13,12 +13,11 @@ use axum::routing::{MethodFilter, MethodRouter, on};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body::Body as _;
 use stacyvm_api::ErrorCode;
-use stacyvm_engine::Caller;
 
 use crate::App;
-use crate::auth::{Role, Scope};
+use crate::auth::Scope;
 use crate::error::ApiError;
-use crate::extract;
+use crate::gate;
 use crate::guard::UPLOAD_HEADER;
 use crate::openapi::Doc;
 
@@ -133,20 +132,23 @@ pub(crate) fn router(app: &App, table: Vec<Route>) -> Router<App> {
 
 /// Holds a request against its route's declaration before the handler runs.
 async fn enforce(State((app, rule)): State<(App, Rule)>, mut request: Request, next: Next) -> Response {
-    match admit(&app, rule, &request) {
-        Ok(caller) => {
-            request.extensions_mut().insert(caller);
+    let pass = match gate::admit(&app, rule.scope, &request) {
+        Ok(pass) => pass,
+        Err(refused) => return *refused,
+    };
+    let call = pass.record(&app, rule.scope, &request);
+    let mut response = match gate::check_path(&app, &request).and_then(|()| check_body(rule.body, &request)) {
+        Ok(()) => {
             request.extensions_mut().insert(rule);
-            next.run(request).await
+            pass.run(rule.scope, request, next).await
         }
         Err(failure) => failure.into_response(),
+    };
+    if let Some(call) = call {
+        call.end(response.status());
     }
-}
-
-fn admit(app: &App, rule: Rule, request: &Request) -> Result<Caller, ApiError> {
-    let proven = app.auth.authorize(request.headers(), rule.scope)?;
-    check_body(rule.body, request)?;
-    extract::caller(request.headers(), proven)
+    pass.show_limit(&mut response);
+    response
 }
 
 /// Mutations must have a content type that no HTML form can send.
@@ -189,20 +191,11 @@ async fn unknown_method(State(app): State<App>, request: Request) -> Response {
 /// may read.
 fn unmatched(app: &App, request: &Request, status: StatusCode) -> Response {
     if request.uri().path().starts_with(BASE)
-        && let Err(failure) = app.auth.authorize(request.headers(), Scope::Read)
+        && let Err(refused) = gate::admit(app, Scope::Read, request)
     {
-        return failure.into_response();
+        return *refused;
     }
     ApiError::for_status(status).into_response()
-}
-
-/// The operation log's name for a role.
-pub(crate) fn actor(role: Role) -> &'static str {
-    match role {
-        Role::Anonymous => "anonymous",
-        Role::Api => "api_key",
-        Role::Admin => "admin_key",
-    }
 }
 
 /// Answers of the API are never stored by caches.

@@ -26,6 +26,7 @@ const MAX_JSON_BYTES: usize = 256 * 1024 * 1024;
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const USER_ID: HeaderName = HeaderName::from_static("x-user-id");
+const NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// How to reach a server.
@@ -192,6 +193,11 @@ impl Client {
         }
         Ok(body)
     }
+}
+
+/// Where the next page of a list begins, if there is one.
+pub(crate) fn next_cursor(response: &Response) -> Option<String> {
+    response.headers().get(NEXT_CURSOR).and_then(|cursor| cursor.to_str().ok()).map(str::to_owned)
 }
 
 pub(crate) fn transport(server: &str, error: impl std::error::Error + Send + Sync + 'static) -> ClientError {

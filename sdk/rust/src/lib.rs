@@ -1,9 +1,9 @@
 //! Rust client of StacyVM's REST API.
 //!
 //! It covers every call of the API: sandboxes, commands (buffered, streamed and
-//! interactive), files of any size, archives, ports, templates, quotas, events and
-//! the server about itself. Bodies are those of `stacyvm-api`; errors carry the
-//! server's code, message, hint and request id.
+//! interactive), files of any size, archives, ports, templates, quotas, events,
+//! keys, the audit log and the server about itself. Bodies are those of
+//! `stacyvm-api`; errors carry the server's code, message, hint and request id.
 //!
 //! Nothing here has a deadline of its own beyond connecting: a command may run
 //! for hours and a file may be larger than memory. Drop a future, or wrap it in
@@ -23,11 +23,13 @@
 //! # Ok(()) }
 //! ```
 
+mod audit;
 mod client;
 mod error;
 mod event;
 mod exec;
 mod file;
+mod key;
 mod lines;
 mod port;
 mod quota;

@@ -1,14 +1,12 @@
 //! Sandboxes: create, list, look at, extend, destroy.
 
 use reqwest::Method;
-use reqwest::header::HeaderName;
 use stacyvm_api::{
     AdmissionDecision, CreateRequest, Duration, ExtendRequest, ListQuery, PruneResult, Sandbox, SandboxId, SandboxStats,
 };
 
+use crate::client::next_cursor;
 use crate::{Client, ClientError};
-
-const NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
 
 /// Sandboxes asked for in one request by [`Client::list_all`].
 const PAGE_SIZE: u32 = 500;
@@ -17,7 +15,7 @@ const PAGE_SIZE: u32 = 500;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Page<T> {
     pub items: Vec<T>,
-    /// Pass it as [`ListQuery::cursor`] for the next page.
+    /// Pass it as the query's `cursor` for the next page.
     pub next_cursor: Option<String>,
 }
 
@@ -42,8 +40,7 @@ impl Client {
     /// One page; without a limit in the query, everything.
     pub async fn list(&self, query: &ListQuery) -> Result<Page<Sandbox>, ClientError> {
         let response = self.send(self.request(Method::GET, &["sandboxes"])?.query(query)).await?;
-        let next_cursor =
-            response.headers().get(NEXT_CURSOR).and_then(|cursor| cursor.to_str().ok()).map(str::to_owned);
+        let next_cursor = next_cursor(&response);
         Ok(Page { items: self.read_json(response).await?, next_cursor })
     }
 

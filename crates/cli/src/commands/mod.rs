@@ -1,5 +1,6 @@
 //! The command line: what can be asked for, one file per subcommand.
 
+mod audit;
 mod completion;
 mod conformance;
 mod cp;
@@ -11,6 +12,7 @@ mod forward;
 mod health;
 mod image;
 mod inspect;
+mod key;
 mod kill;
 mod list;
 mod logs;
@@ -97,6 +99,8 @@ enum Command {
     Preview(preview::PreviewArgs),
     Forward(forward::ForwardArgs),
     Template(template::TemplateArgs),
+    Key(key::KeyArgs),
+    Audit(audit::AuditArgs),
     Image(image::ImageArgs),
     Providers(providers::ProvidersArgs),
     Conformance(conformance::ConformanceArgs),
@@ -158,6 +162,8 @@ impl Cli {
             Command::Preview(args) => preview::run(&context, args).await,
             Command::Forward(args) => forward::run(&context, args).await,
             Command::Template(args) => template::run(&context, args).await,
+            Command::Key(args) => key::run(&context, args).await,
+            Command::Audit(args) => audit::run(&context, args).await,
             Command::Providers(args) => providers::run(&context, args).await,
             Command::Version(args) => version::run(&context, &args).await,
             Command::Completion(args) => completion::run(&args),

@@ -250,13 +250,14 @@ fn resolve_key_files(config: &mut Config, problems: &mut Vec<Problem>) {
 fn check(config: &Config, problems: &mut Vec<Problem>) {
     let auth = &config.auth;
     let has_key = auth.api_key.is_some() || auth.admin_api_key.is_some();
-    match auth.enabled {
-        Some(true) if !has_key => problems
-            .push(Problem::new("auth.enabled", "authentication is on, but there is no key").hint("set auth.api_key")),
-        Some(false) if has_key => problems.push(
+    // Whether there are keys for `true` is known when the database is open.
+    if auth.enabled == Some(false) && has_key {
+        problems.push(
             Problem::new("auth.enabled", "authentication is off, but a key is set").hint("take one of the two out"),
-        ),
-        Some(_) | None => {}
+        );
+    }
+    if config.rate_limit.cleanup_interval.is_zero() {
+        problems.push(Problem::new("rate_limit.cleanup_interval", "cannot be zero").hint("write 1m"));
     }
     check_server(&config.server, problems);
     let defaults = &config.defaults;
@@ -414,7 +415,17 @@ mod tests {
         assert_eq!(places, ["stacyvm.yaml:3", "stacyvm.yaml:4"], "the default of proot is no warning");
         let error = load_text("auth:\n  oidc_enabled: true\n", &[]).unwrap_err();
         assert!(error.starts_with("stacyvm.yaml:2: `auth.oidc_enabled` has no effect"), "{error}");
-        assert!(load_text("rate_limit:\n  enabled: false\n", &[]).unwrap().warnings.is_empty());
+    }
+
+    #[test]
+    fn published_rate_limits_are_read() {
+        let text = "rate_limit: {enabled: true, requests_per_minute: 10, burst: 0, key_by: \"\", bucket_ttl: 5m}\n";
+        let limit = load_text(text, &[]).unwrap().config.rate_limit;
+        assert_eq!((limit.enabled, limit.requests_per_minute, limit.burst, limit.key_by), (true, 10, 0, None));
+        check_error(
+            "rate_limit:\n  key_by: user\n",
+            "stacyvm.yaml:2: `rate_limit.key_by` must be one of owner, api_key, ip, not `user`",
+        );
     }
 
     #[test]
@@ -442,7 +453,7 @@ mod tests {
 
     #[test]
     fn switching_authentication_against_the_keys_is_refused() {
-        assert!(load_text("auth:\n  enabled: true\n", &[]).unwrap_err().contains("there is no key"));
+        assert!(load_text("auth:\n  enabled: true\n", &[]).is_ok(), "keys may be stored");
         assert!(load_text("auth:\n  enabled: false\n  api_key: k\n", &[]).unwrap_err().contains("a key is set"));
         assert!(load_text("auth:\n  enabled: true\n  api_key: k\n", &[]).is_ok());
     }

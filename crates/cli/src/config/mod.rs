@@ -18,5 +18,5 @@ mod source;
 mod docs;
 
 pub(crate) use load::{Environment, load};
-pub(crate) use schema::{Config, DatabaseDriver, LogFormat, Logging, OverflowMode};
+pub(crate) use schema::{Config, DatabaseDriver, LogFormat, Logging, OverflowMode, RateLimit, RateLimitBy};
 pub(crate) use setting::Secret;

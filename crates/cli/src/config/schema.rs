@@ -94,7 +94,7 @@ config! {
     }
 
     server: Server in "server." {
-        /// Address to listen on. Anything but loopback needs a key (`auth.api_key`).
+        /// Address to listen on. Anything but loopback needs a key (`stacyvm key create`, `auth.api_key`).
         host: String = "127.0.0.1",
         /// Port to listen on; 0 takes a free one.
         port: u16 = "7423",
@@ -113,6 +113,9 @@ config! {
         tls_cert_file: Option<PathBuf> = "",
         /// PEM file of the certificate's key.
         tls_key_file: Option<PathBuf> = "",
+        /// Addresses and networks of proxies in front, such as `10.0.0.0/8`: what they say in `X-Forwarded-For` is believed,
+        /// and nobody else's.
+        trusted_proxies: Vec<String> = "",
         /// Whether `/live`, `/health` and `/ready` answer without a key.
         public_probes: bool = "true",
         /// How long open requests may go on once a shutdown was asked for.
@@ -120,8 +123,9 @@ config! {
     }
 
     auth: Auth in "auth." {
-        /// Whether callers need a key. Without it: whenever a key is set. `false` beside a key is refused, because it
-        /// would open a server that looks closed.
+        /// Whether callers need a key. Without it: whenever a key is set here, or one was ever made with
+        /// `stacyvm key create`. With `true` a server without any key does not start; with `false` one with a valid key
+        /// does not, because it would be open and look closed.
         enabled: Option<bool> = "",
         /// The key callers send as `X-API-Key`.
         api_key: Option<Secret> = "",
@@ -133,6 +137,29 @@ config! {
         admin_api_key_file: Option<PathBuf> = "",
         /// Whether the API key also opens administration while there is no admin key.
         admin_fallback_enabled: bool = "true",
+        /// Requests without a valid key that one address may make in a minute. More are answered 429, and configured keys
+        /// of fewer than 32 characters do not work from there meanwhile. 0 is unlimited.
+        failures_per_minute: u32 = "60",
+        /// How long the audit log keeps calls; 0 is for ever. Changes are bounded by number too (a million), and so are
+        /// refusals (100,000); administration is not.
+        admin_audit_retention: Duration = "0s",
+    }
+
+    rate_limit: RateLimit in "rate_limit." {
+        /// Whether callers may call only so often.
+        enabled: bool = "false",
+        /// Requests of one caller in a minute; 0 is unlimited.
+        requests_per_minute: u32 = "120",
+        /// Requests at once after a pause; 0 takes `rate_limit.requests_per_minute`.
+        burst: u32 = "60",
+        /// Whose requests count together: those for one `owner`, those with one `api_key`, those of one `ip`. The owner is
+        /// the one a key is bound to, or whom a key set here or one with the scope `admin:*` names in `X-User-ID`;
+        /// without one, the key counts.
+        key_by: Option<RateLimitBy> = "owner",
+        /// How long a caller that does not call is remembered.
+        bucket_ttl: Duration = "15m",
+        /// How often callers that do not call are looked for.
+        cleanup_interval: Duration = "1m",
     }
 
     providers: Providers in "providers." {
@@ -246,6 +273,10 @@ config! {
 
 choice! {
     OverflowMode { Reject = "reject", Queue = "queue" }
+}
+
+choice! {
+    RateLimitBy { Owner = "owner", ApiKey = "api_key", Address = "ip" }
 }
 
 choice! {

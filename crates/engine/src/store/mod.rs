@@ -5,9 +5,11 @@
 //! same methods. Everything is written by one connection, in batches
 //! ([`writer`]), and read by others, which WAL lets run beside it.
 
+mod audit;
 mod catalog;
 mod events;
 mod execs;
+mod keys;
 mod ports;
 mod retention;
 mod rows;
@@ -24,7 +26,9 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 
+pub(crate) use audit::{AuditFilter, AuditRow};
 pub(crate) use events::{StoredEvent, event_id};
+pub(crate) use keys::{KEYS_MADE, KeyHash, KeyRow};
 pub(crate) use ports::PortSettings;
 pub(crate) use retention::EVENTS_USED_TO;
 pub(crate) use rows::{ExecRow, Idempotency, OperationRow, SandboxRow};

@@ -100,7 +100,7 @@ impl ExecRow {
             exit_code: row.try_get("exit_code")?,
             started_at: time(row, "started_at")?,
             duration: optional_number(row, "duration_us")?.map(Duration::from_micros),
-            deadline_at: row.try_get::<Option<i64>, _>("deadline_at")?.map(Timestamp::from_unix_ms),
+            deadline_at: optional_time(row, "deadline_at")?,
             terminal: row.try_get("terminal")?,
             output: row.try_get("output")?,
         })
@@ -154,16 +154,28 @@ pub(super) fn number(row: &SqliteRow, column: &str) -> Result<u64, sqlx::Error> 
     row.try_get::<i64, _>(column).map(|value| u64::try_from(value).unwrap_or(0))
 }
 
+pub(super) fn optional_time(row: &SqliteRow, column: &str) -> Result<Option<Timestamp>, sqlx::Error> {
+    Ok(row.try_get::<Option<i64>, _>(column)?.map(Timestamp::from_unix_ms))
+}
+
 fn optional_number(row: &SqliteRow, column: &str) -> Result<Option<u64>, sqlx::Error> {
     let value: Option<i64> = row.try_get(column)?;
     Ok(value.and_then(|value| u64::try_from(value).ok()))
 }
 
-fn parsed<T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>>(
+pub(super) fn parsed<T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>>(
     row: &SqliteRow,
     column: &str,
 ) -> Result<T, sqlx::Error> {
     row.try_get::<String, _>(column)?.parse().map_err(|error| bad(column, error))
+}
+
+pub(super) fn optional_parsed<T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>>(
+    row: &SqliteRow,
+    column: &str,
+) -> Result<Option<T>, sqlx::Error> {
+    let text: Option<String> = row.try_get(column)?;
+    text.map(|text| text.parse().map_err(|error| bad(column, error))).transpose()
 }
 
 fn bad(column: &str, error: impl std::error::Error + Send + Sync + 'static) -> sqlx::Error {

@@ -14,14 +14,15 @@ use std::time::Duration;
 
 use sqlx::Connection as _;
 use sqlx::sqlite::SqliteConnection;
-use stacyvm_api::{ExecId, SandboxId};
+use stacyvm_api::{ExecId, KeyId, SandboxId, Timestamp};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::audit::{self, AuditRow};
 use super::events::{self, StoredEvent};
 use super::rows::{ExecRow, OperationRow, SandboxRow};
-use super::{Doing as _, StoreError, execs, sandboxes};
+use super::{Doing as _, StoreError, execs, keys, sandboxes};
 
 /// How long a batch that nobody waits for is gathered.
 const GATHER: Duration = Duration::from_millis(25);
@@ -50,12 +51,39 @@ struct Pending {
     execs: BTreeMap<ExecId, ExecRow>,
     operations: VecDeque<OperationRow>,
     events: VecDeque<Arc<StoredEvent>>,
+    calls: VecDeque<AuditRow>,
+    /// When keys were last used.
+    key_uses: BTreeMap<KeyId, Timestamp>,
     /// Who waits for the records of sandboxes, and who for everything.
     for_records: Vec<Waiting>,
     for_all: Vec<Waiting>,
 }
 
 type Waiting = oneshot::Sender<Result<(), StoreError>>;
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        let Self { sandboxes, execs, operations, events, calls, key_uses, for_records: _, for_all: _ } = self;
+        sandboxes.is_empty()
+            && execs.is_empty()
+            && operations.is_empty()
+            && events.is_empty()
+            && calls.is_empty()
+            && key_uses.is_empty()
+    }
+
+    /// The records, and the rest only where somebody waits for that too.
+    fn take_urgent(&mut self) -> Self {
+        if !self.for_all.is_empty() {
+            return std::mem::take(self);
+        }
+        Self {
+            sandboxes: std::mem::take(&mut self.sandboxes),
+            for_records: std::mem::take(&mut self.for_records),
+            ..Self::default()
+        }
+    }
+}
 
 impl Writer {
     pub(super) fn new(connection: SqliteConnection) -> Self {
@@ -93,6 +121,16 @@ impl Writer {
 
     pub(crate) fn log_event(&self, event: Arc<StoredEvent>) {
         self.push(event, |pending| &mut pending.events);
+    }
+
+    pub(crate) fn log_call(&self, call: AuditRow) {
+        self.push(call, |pending| &mut pending.calls);
+    }
+
+    /// Bounded by the number of keys.
+    pub(crate) fn save_key_use(&self, id: KeyId, at: Timestamp) {
+        self.pending().key_uses.insert(id, at);
+        self.some.notify_one();
     }
 
     /// Waits until every record of a sandbox left so far is in the file.
@@ -229,6 +267,11 @@ impl Writer {
         pending.operations = batch.operations.into_iter().chain(operations).take(LOG_PENDING_MAX).collect();
         let events = std::mem::take(&mut pending.events);
         pending.events = batch.events.into_iter().chain(events).take(LOG_PENDING_MAX).collect();
+        let calls = std::mem::take(&mut pending.calls);
+        pending.calls = batch.calls.into_iter().chain(calls).take(LOG_PENDING_MAX).collect();
+        for (id, at) in batch.key_uses {
+            pending.key_uses.entry(id).or_insert(at);
+        }
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -236,23 +279,8 @@ impl Writer {
     }
 }
 
-impl Pending {
-    /// The records, and the rest only where somebody waits for that too.
-    fn take_urgent(&mut self) -> Self {
-        if !self.for_all.is_empty() {
-            return std::mem::take(self);
-        }
-        Self {
-            sandboxes: std::mem::take(&mut self.sandboxes),
-            for_records: std::mem::take(&mut self.for_records),
-            ..Self::default()
-        }
-    }
-}
-
 async fn write(connection: &mut SqliteConnection, batch: &Pending) -> Result<(), sqlx::Error> {
-    let nothing = batch.sandboxes.is_empty() && batch.execs.is_empty() && batch.operations.is_empty();
-    if nothing && batch.events.is_empty() {
+    if batch.is_empty() {
         return Ok(());
     }
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
@@ -267,6 +295,12 @@ async fn write(connection: &mut SqliteConnection, batch: &Pending) -> Result<(),
     }
     for event in &batch.events {
         events::insert(&mut transaction, event).await?;
+    }
+    for call in &batch.calls {
+        audit::insert(&mut transaction, call).await?;
+    }
+    for (id, at) in &batch.key_uses {
+        keys::save_use(&mut transaction, id, *at).await?;
     }
     transaction.commit().await
 }

@@ -1,6 +1,7 @@
 //! The engine over the mock provider: whole lives of sandboxes, with crashes
 //! and failures in between.
 
+mod access;
 mod ends;
 mod events;
 mod execs;

@@ -1,18 +1,21 @@
 //! Who may open a preview, and the exchange of a link for a cookie.
 //!
-//! A port is public, or wants a token: the API key, a signed token in a header
-//! or in the address, or the cookie that a browser gets for the latter. Browsers
+//! A port is public, or wants a token: a signed one in a header or in the
+//! address, or the cookie that a browser gets for the latter. Whoever has none may
+//! still show an API key, which is the gate's to judge. Browsers
 //! are sent on to the address without the token, so that neither the page nor
 //! the places it links to ever see it.
+
+use std::sync::Arc;
 
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use stacyvm_api::{PortAccess, Timestamp};
+use stacyvm_engine::{Keys, StoredKey};
 
 use super::address::{Address, Domain};
 use super::token::Signer;
-use crate::auth::Authenticator;
 
 /// Parameter of an address that carries a token.
 pub(crate) const TOKEN_PARAMETER: &str = "stacyvm_token";
@@ -30,9 +33,12 @@ const SEC_FETCH_MODE: &str = "sec-fetch-mode";
 const MAX_COOKIES: usize = 8;
 
 /// What happens to a request.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Decision {
-    Admit,
+    /// The key, when the token was made with one: what is opened ends with it.
+    Admit {
+        key: Option<Arc<StoredKey>>,
+    },
     /// The browser goes on to the address without its token.
     Exchange {
         location: HeaderValue,
@@ -51,10 +57,16 @@ pub(super) enum Refusal {
     ForeignPage,
 }
 
+/// A token that opens the port.
+struct Good {
+    end: Timestamp,
+    key: Option<Arc<StoredKey>>,
+}
+
 /// Where previews are, as far as access is concerned.
 pub(super) struct Door<'a> {
-    pub(super) authenticator: &'a Authenticator,
     pub(super) signer: &'a Signer,
+    pub(super) keys: &'a Keys,
     /// Cookies need a host of their own; without it there are none.
     pub(super) domain: Option<&'a Domain>,
     pub(super) now: Timestamp,
@@ -64,32 +76,43 @@ impl Door<'_> {
     pub(super) fn decide(&self, head: &Parts, address: &Address, access: PortAccess) -> Decision {
         // A page can read its own address, so that only what is sent on counts.
         let tokens = if self.domain.is_some() { tokens_of(&head.uri) } else { Vec::new() };
-        let good = |token: &[u8]| self.signer.verify(token, address, self.now);
-        let in_address = tokens.iter().find_map(|token| good(token.as_bytes()).map(|end| (*token, end)));
+        let good = |token: &[u8]| self.verify(token, address);
+        let in_address = tokens.iter().find_map(|token| good(token.as_bytes()).map(|good| (*token, good)));
         let public = access == PortAccess::Public;
         if !tokens.is_empty() && is_navigation(head) && (public || in_address.is_some()) {
-            let cookie = in_address.and_then(|(token, end)| self.cookie(token, end));
+            let cookie = in_address.and_then(|(token, good)| self.cookie(token, good.end));
             return Decision::Exchange { location: without_token(&head.uri), cookie };
         }
-        if public || in_address.is_some() || self.authenticator.knows(&head.headers) {
-            return Decision::Admit;
+        if public {
+            return Decision::Admit { key: None };
         }
         let header = head.headers.get(TOKEN_HEADER);
-        if header.is_some_and(|token| good(token.as_bytes()).is_some()) {
-            return Decision::Admit;
+        let shown = in_address.map(|(_, good)| good).or_else(|| header.and_then(|token| good(token.as_bytes())));
+        if let Some(Good { key, .. }) = shown {
+            return Decision::Admit { key };
         }
         let Some(domain) = self.domain else {
             return Decision::Refuse(if header.is_none() { Refusal::NoToken } else { Refusal::BadToken });
         };
         let cookies = cookie_values(&head.headers);
-        match (cookies.iter().any(|cookie| good(cookie).is_some()), is_own_page(head, address, domain)) {
-            (true, true) => Decision::Admit,
-            (true, false) => Decision::Refuse(Refusal::ForeignPage),
-            (false, _) if tokens.is_empty() && header.is_none() && cookies.is_empty() => {
+        match (cookies.iter().find_map(|cookie| good(cookie)), is_own_page(head, address, domain)) {
+            (Some(Good { key, .. }), true) => Decision::Admit { key },
+            (Some(_), false) => Decision::Refuse(Refusal::ForeignPage),
+            (None, _) if tokens.is_empty() && header.is_none() && cookies.is_empty() => {
                 Decision::Refuse(Refusal::NoToken)
             }
-            (false, _) => Decision::Refuse(Refusal::BadToken),
+            (None, _) => Decision::Refuse(Refusal::BadToken),
         }
+    }
+
+    /// A token is worth something as long as the key that it was made with.
+    fn verify(&self, token: &[u8], address: &Address) -> Option<Good> {
+        let permit = self.signer.verify(token, address, self.now)?;
+        let key = match &permit.key {
+            None => None,
+            Some(id) => Some(self.keys.valid(id)?),
+        };
+        Some(Good { end: permit.end, key })
     }
 
     fn cookie(&self, token: &str, end: Timestamp) -> Option<HeaderValue> {

@@ -47,7 +47,7 @@ const SANDBOX_POLICY: HeaderValue =
 pub(super) struct Origin<'a> {
     pub(super) host: &'a Authority,
     pub(super) scheme: &'static str,
-    pub(super) peer: IpAddr,
+    pub(super) caller: IpAddr,
     pub(super) version: Version,
     /// What was taken from the front of the path.
     pub(super) prefix: Option<&'a str>,
@@ -80,7 +80,7 @@ pub(super) fn for_guest(headers: &mut HeaderMap, origin: &Origin<'_>) {
     set(header::HOST, origin.host.as_str());
     set(FORWARDED_HOST, origin.host.as_str());
     set(FORWARDED_PROTO, origin.scheme);
-    set(FORWARDED_FOR, &origin.peer.to_string());
+    set(FORWARDED_FOR, &origin.caller.to_string());
     if let Some(prefix) = origin.prefix {
         set(FORWARDED_PREFIX, prefix);
     }

@@ -35,9 +35,10 @@ use hyper::upgrade::OnUpgrade;
 use stacyvm_api::{ErrorCode, PortAccess, Timestamp};
 use stacyvm_engine::Engine;
 
+use crate::auth::{Authenticator, Identity};
 use crate::error::ApiError;
 use crate::options::{PreviewOptions, ServerOptions};
-use crate::{App, ServerError};
+use crate::{App, ServerError, gate};
 pub(crate) use access::TOKEN_PARAMETER;
 use access::{Decision, Door, Refusal};
 pub(crate) use address::{Address, Domain};
@@ -61,7 +62,6 @@ pub(crate) struct Previews {
     /// Without one, only the listener for paths shows previews.
     domain: Option<Domain>,
     base: Option<Base>,
-    default_access: PortAccess,
     pub(crate) signer: Signer,
     pub(crate) pool: Arc<Pool>,
 }
@@ -111,6 +111,15 @@ struct Visit {
     prefix: Option<String>,
 }
 
+/// A visit that may go on to its port.
+struct Admitted<'a> {
+    visit: &'a Visit,
+    /// Where it comes from.
+    caller: IpAddr,
+    /// Whose key opened the port, or made the link that did.
+    identity: &'a Identity,
+}
+
 impl Previews {
     /// `listener` is how this server's own listener is reached.
     pub(crate) fn new(options: &ServerOptions, engine: &Engine, listener: (Scheme, u16)) -> Result<Self, ServerError> {
@@ -126,14 +135,8 @@ impl Previews {
                 Some(Base::parse(url, domain).ok_or_else(|| ServerError::PreviewUrl(url.clone()))?)
             }
         };
-        let has_key = options.api_key.is_some() || options.admin_api_key.is_some();
-        Ok(Self {
-            domain,
-            base,
-            default_access: if has_key { PortAccess::Token } else { PortAccess::Public },
-            signer: Signer::new(engine.derived_key(token::KEY_PURPOSE)),
-            pool: Arc::default(),
-        })
+        let signer = Signer::new(engine.derived_key(token::KEY_PURPOSE));
+        Ok(Self { domain, base, signer, pool: Arc::default() })
     }
 
     /// The preview that a request names by its host.
@@ -155,11 +158,6 @@ impl Previews {
         Some(format!("{scheme}://{host}{port}/"))
     }
 
-    /// Who may open a port about which nobody said anything.
-    pub(crate) fn access(&self, set: Option<PortAccess>) -> PortAccess {
-        set.unwrap_or(self.default_access)
-    }
-
     /// The scheme that browsers see: a proxy in front may have taken TLS off.
     fn scheme(&self, arrival: Arrival) -> &'static str {
         self.base.map_or(arrival.scheme, |base| base.scheme).name()
@@ -179,6 +177,12 @@ impl Base {
         let port = url.port_u16().unwrap_or(scheme.default_port());
         (same && url.path() == "/" && url.query().is_none()).then_some(Self { scheme, port })
     }
+}
+
+/// Who may open a port: as somebody said, else like the API, which the first
+/// stored key closes while the server runs.
+pub(crate) fn access(set: Option<PortAccess>, auth: &Authenticator) -> PortAccess {
+    set.unwrap_or_else(|| if auth.is_open() { PortAccess::Public } else { PortAccess::Token })
 }
 
 /// A request whose host names a preview.
@@ -240,20 +244,26 @@ async fn serve(app: &App, visit: &Visit, request: Request<Incoming>) -> Response
 async fn answer(app: &App, visit: &Visit, mut request: Request<Incoming>) -> Result<Response, ApiError> {
     let address = &visit.address;
     check_target(address, request.method())?;
-    let access = app.previews.access(app.engine.reachable_port(&address.id, address.port)?);
+    let access = access(app.engine.reachable_port(&address.id, address.port)?, &app.auth);
     let upgrade = hyper::upgrade::on(&mut request);
     let (head, body) = request.into_parts();
     let door = Door {
-        authenticator: &app.auth,
         signer: &app.previews.signer,
+        keys: app.engine.keys(),
         domain: app.previews.domain.as_ref().filter(|_| visit.prefix.is_none()),
         now: Timestamp::now(),
     };
-    match door.decide(&head, address, access) {
-        Decision::Admit => forward(app, visit, head, body, upgrade).await,
-        Decision::Exchange { location, cookie } => Ok(page::redirect(location, cookie)),
-        Decision::Refuse(refusal) => Err(refused(refusal, address)),
-    }
+    let caller = app.gate.caller(visit.arrival.peer, &head.headers);
+    let identity = match door.decide(&head, address, access) {
+        Decision::Admit { key } => key.map_or(Identity::NOBODY, Identity::Stored),
+        Decision::Exchange { location, cookie } => return Ok(page::redirect(location, cookie)),
+        Decision::Refuse(refusal) => match gate::visitor(app, &head, &visit.host, caller)? {
+            Identity::Anonymous(_) => return Err(refused(refusal, address)),
+            identity @ (Identity::Configured(_) | Identity::Stored(_)) => identity,
+        },
+    };
+    let admitted = Admitted { visit, caller, identity: &identity };
+    gate::while_valid(&identity, forward(app, &admitted, head, body, upgrade)).await
 }
 
 fn check_target(address: &Address, method: &Method) -> Result<(), ApiError> {
@@ -287,18 +297,19 @@ fn refused(refusal: Refusal, address: &Address) -> ApiError {
 /// Passes an admitted request on, and its answer back.
 async fn forward(
     app: &App,
-    visit: &Visit,
+    admitted: &Admitted<'_>,
     mut head: Parts,
     body: Incoming,
     upgrade: OnUpgrade,
 ) -> Result<Response, ApiError> {
+    let visit = admitted.visit;
     let prefix = visit.prefix.as_deref();
     let wanted = if head.version == Version::HTTP_11 { headers::wanted_upgrade(&head.headers) } else { None };
     let consent = headers::lists(&head.headers, &header::EXPECT, "100-continue").then(Consent::default);
     let origin = Origin {
         host: &visit.host,
         scheme: app.previews.scheme(visit.arrival),
-        peer: visit.arrival.peer,
+        caller: admitted.caller,
         version: head.version,
         prefix,
     };
@@ -324,7 +335,7 @@ async fn forward(
     }
     let exchanged = exchanged.map_err(|error| exchange::failure(error, &visit.address))?;
     if exchanged.response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return switch(app, visit, exchanged, wanted.as_ref(), upgrade);
+        return switch(app, admitted, exchanged, wanted.as_ref(), upgrade);
     }
     Ok(pass_back(app, visit, exchanged))
 }
@@ -346,12 +357,13 @@ fn pass_back(app: &App, visit: &Visit, exchanged: Exchanged) -> Response {
 /// The guest takes up a protocol that was asked for.
 fn switch(
     app: &App,
-    visit: &Visit,
+    admitted: &Admitted<'_>,
     exchanged: Exchanged,
     wanted: Option<&HeaderValue>,
     browser: OnUpgrade,
 ) -> Result<Response, ApiError> {
     let Exchanged { mut response, connection, .. } = exchanged;
+    let visit = admitted.visit;
     let Address { id, port } = &visit.address;
     let chosen = response.headers().get(header::UPGRADE).cloned();
     let agreed = chosen.filter(|chosen| wanted.is_some_and(|wanted| offers(wanted, chosen)));
@@ -365,7 +377,7 @@ fn switch(
     headers::set_upgrade(&mut head.headers, protocol);
     head.version = Version::HTTP_11;
     head.extensions.clear();
-    tunnel::join(app, browser, guest, connection);
+    tunnel::join(app, admitted.identity.clone(), browser, guest, connection);
     Ok(Response::from_parts(head, Body::empty()))
 }
 

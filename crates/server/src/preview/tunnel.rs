@@ -1,5 +1,6 @@
 //! Connections that stopped being HTTP: WebSockets and whatever else two ends
-//! agree on. Bytes go both ways until both have ended, or the server does.
+//! agree on. Bytes go both ways until both have ended, or the server does, or the key
+//! with which they were asked for.
 
 use std::io;
 
@@ -9,13 +10,14 @@ use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 
 use super::pool::GuestConnection;
 use crate::App;
+use crate::auth::Identity;
 
 /// Moved at once, in each direction.
 const COPY_BYTES: usize = 64 << 10;
 
 /// Joins a browser and a guest once both have switched.
-pub(super) fn join(app: &App, browser: OnUpgrade, guest: OnUpgrade, connection: GuestConnection) {
-    relay(app, async move {
+pub(super) fn join(app: &App, identity: Identity, browser: OnUpgrade, guest: OnUpgrade, connection: GuestConnection) {
+    relay(app, identity, async move {
         let both = tokio::try_join!(browser, guest).map_err(io::Error::other)?;
         // Until here the guest's stream was that connection's.
         drop(connection);
@@ -23,9 +25,13 @@ pub(super) fn join(app: &App, browser: OnUpgrade, guest: OnUpgrade, connection: 
     });
 }
 
-/// Relays between two streams in a task that the server's end ends.
-pub(crate) fn relay<A, B>(app: &App, streams: impl Future<Output = io::Result<(A, B)>> + Send + 'static)
-where
+/// Relays between two streams in a task that ends with the server, or the
+/// identity.
+pub(crate) fn relay<A, B>(
+    app: &App,
+    identity: Identity,
+    streams: impl Future<Output = io::Result<(A, B)>> + Send + 'static,
+) where
     A: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     B: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -39,6 +45,7 @@ where
             // Either end may go away at any time.
             _ended = copy => {}
             () = closing.cancelled() => {}
+            () = identity.ended() => {}
         }
     });
 }

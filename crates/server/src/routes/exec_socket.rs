@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::App;
 use crate::error::ApiError;
-use crate::extract::{From, Sandbox};
+use crate::extract::{From, Sandbox, Who};
 use crate::routes::exec::{input_bytes, terminal_size};
 use crate::routes::socket_form::{Interactive, OneShot, OutputForm, error_message};
 
@@ -65,6 +65,7 @@ type Receiver = SplitStream<WebSocket>;
 pub(super) async fn open(
     State(app): State<App>,
     From(caller): From,
+    Who(identity): Who,
     Sandbox(id): Sandbox,
     request: Request<Body>,
 ) -> Result<Response, ApiError> {
@@ -76,7 +77,16 @@ pub(super) async fn open(
     let upgrade = upgrade.max_message_size(MAX_MESSAGE_BYTES).max_frame_size(MAX_MESSAGE_BYTES);
     Ok(upgrade.on_upgrade(move |socket| async move {
         let _ticket = ticket;
-        Conversation { app, caller, id }.hold(socket).await;
+        let closing = app.closing.child_token();
+        let conversation = Conversation { app, caller, id, closing: closing.clone() }.hold(socket);
+        tokio::pin!(conversation);
+        tokio::select! {
+            () = &mut conversation => {}
+            () = identity.ended() => {
+                closing.cancel();
+                conversation.await;
+            }
+        }
     }))
 }
 
@@ -112,13 +122,15 @@ struct Conversation {
     app: App,
     caller: Caller,
     id: SandboxId,
+    /// The server shuts down, or the caller's key ended.
+    closing: CancellationToken,
 }
 
 impl Conversation {
     async fn hold(self, mut socket: WebSocket) {
         let first = tokio::select! {
             first = tokio::time::timeout(FIRST_MESSAGE_DEADLINE, first_message(&mut socket)) => first,
-            () = self.app.closing.cancelled() => return close(socket, close_code::AWAY, "shutting down").await,
+            () = self.closing.cancelled() => return close(socket, close_code::AWAY, "").await,
         };
         match first {
             Ok(Ok(First::OneShot(request))) => self.one_shot(socket, *request).await,
@@ -200,7 +212,7 @@ impl Conversation {
             inbox,
             heard,
             unanswered_pings: 0,
-            closing: self.app.closing.clone(),
+            closing: self.closing.clone(),
         };
         let output = output.send(opening);
         let input = input.read(receiver);
@@ -291,7 +303,7 @@ impl Input<'_> {
     }
 
     async fn act(&self, message: TerminalClientMessage) -> Result<(), ApiError> {
-        let Conversation { app, caller, id } = self.conversation;
+        let Conversation { app, caller, id, .. } = self.conversation;
         match message {
             TerminalClientMessage::Stdin { data, data_b64 } => {
                 self.write(input_bytes(data, data_b64.as_deref())?).await?;
@@ -312,7 +324,7 @@ impl Input<'_> {
     }
 
     async fn write(&self, data: Bytes) -> Result<(), ApiError> {
-        let Conversation { app, caller, id } = self.conversation;
+        let Conversation { app, caller, id, .. } = self.conversation;
         Ok(app.engine.send_input(caller, id, &self.exec_id, data).await?)
     }
 }

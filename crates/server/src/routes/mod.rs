@@ -1,11 +1,13 @@
 //! The one table of routes: method, path, scope, body and handler of each, and
 //! what the API document says about it.
 
+mod audit;
 mod events;
 mod exec;
 mod exec_socket;
 mod exec_stream;
 mod file;
+mod key;
 mod port;
 mod provider;
 mod quota;
@@ -19,10 +21,11 @@ use axum::Router;
 use axum::middleware::from_fn_with_state;
 use http::StatusCode;
 use stacyvm_api::{
-    AdmissionDecision, ChmodRequest, CreateRequest, Event, ExecRequest, ExecResult, ExtendRequest, FileInfo, Health,
-    HostStats, ListQuery, MakeDirRequest, MoveRequest, OwnerQuota, OwnerQuotaRequest, OwnerUsage, PoolStatus, Port,
-    PortLink, PortLinkRequest, PortRequest, ProcessSummary, ProviderDetail, ProviderHealth, PruneResult, QuotaSummary,
-    Readiness, ResizeRequest, Sandbox, SandboxStats, SignalRequest, StatusBody, StdinRequest, StreamChunk, Template,
+    AdmissionDecision, ApiKey, ApiKeyQuery, ApiKeyRequest, AuditQuery, AuditRecord, ChmodRequest, CreateRequest,
+    CreatedApiKey, Event, ExecRequest, ExecResult, ExtendRequest, FileInfo, Health, HostStats, ListQuery,
+    MakeDirRequest, MoveRequest, OwnerQuota, OwnerQuotaRequest, OwnerUsage, PoolStatus, Port, PortLink,
+    PortLinkRequest, PortRequest, ProcessSummary, ProviderDetail, ProviderHealth, PruneResult, QuotaSummary, Readiness,
+    ResizeRequest, Sandbox, SandboxStats, SignalRequest, StatusBody, StdinRequest, StreamChunk, Template,
     TemplateSpawnRequest, Version, WatchEvent, WriteRequest,
 };
 
@@ -45,6 +48,7 @@ pub(crate) fn table() -> Vec<Route> {
     all.extend(templates());
     all.extend(quotas());
     all.extend(operations());
+    all.extend(administration());
     all.extend(for_admins());
     all.extend(document());
     all
@@ -369,6 +373,35 @@ fn operations() -> Vec<Route> {
                 JSON,
                 "The report.",
             ),
+        ),
+    ]
+}
+
+fn administration() -> Vec<Route> {
+    use Scope::Admin;
+    vec![
+        post("/admin/keys", Admin, key::create).body(BodyRule::Json).doc(
+            Doc::new("create_key", "Make an API key")
+                .text("The first key closes a server that was open, and must have the scope `admin:*`.")
+                .takes::<ApiKeyRequest>()
+                .gives_with::<CreatedApiKey>(StatusCode::CREATED, "The key. It is never shown again."),
+        ),
+        get("/admin/keys", Admin, key::list).doc(
+            Doc::new("list_keys", "List API keys, newest first")
+                .query::<ApiKeyQuery>()
+                .gives_list::<ApiKey>("What is known about them."),
+        ),
+        delete("/admin/keys/{key_id}", Admin, key::revoke).doc(
+            Doc::new("revoke_key", "Revoke an API key")
+                .text("It stops working before the answer, and so does what is under way with it.")
+                .gives::<StatusBody>("`revoked`"),
+        ),
+        get("/admin/audit", Admin, audit::list).doc(
+            Doc::new("list_audit", "Read the audit log, newest first")
+                .text("Every call that needs `api:*` or `admin:*`, and every refusal.")
+                .query::<AuditQuery>()
+                .gives_list::<AuditRecord>("Records.")
+                .gives_raw(StatusCode::OK, audit::CSV, "With `format=csv`: a table."),
         ),
     ]
 }

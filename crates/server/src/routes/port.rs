@@ -14,8 +14,8 @@ use stacyvm_engine::{Caller, EngineError};
 
 use crate::App;
 use crate::error::ApiError;
-use crate::extract::{From, Json, Sandbox, SandboxPort};
-use crate::preview::{AGENT_PORT, Address, TOKEN_PARAMETER, dial_failure, relay};
+use crate::extract::{From, Json, Sandbox, SandboxPort, Who};
+use crate::preview::{self, AGENT_PORT, Address, TOKEN_PARAMETER, dial_failure, relay};
 use crate::reply::Reply;
 
 /// How long a link works.
@@ -56,6 +56,7 @@ pub(super) async fn set(
 pub(super) async fn link(
     State(app): State<App>,
     From(caller): From,
+    Who(identity): Who,
     SandboxPort(address): SandboxPort,
     Json(request): Json<PortLinkRequest>,
 ) -> Answer<PortLink> {
@@ -72,8 +73,10 @@ pub(super) async fn link(
             .hint("set server.preview_domain, for example to localhost")
     })?;
     // Tokens end at whole seconds.
-    let expires_at = Timestamp::from_unix_ms((Timestamp::now() + ttl).unix_ms().div_euclid(1000) * 1000);
-    let token = app.previews.signer.sign(&address, expires_at);
+    let wanted = Timestamp::now() + ttl;
+    let end = identity.stored().and_then(|key| key.expires_at()).map_or(wanted, |end| end.min(wanted));
+    let expires_at = Timestamp::from_unix_ms(end.unix_ms().div_euclid(1000) * 1000);
+    let token = app.previews.signer.sign(&address, expires_at, identity.key_id());
     Ok(Reply::created(PortLink { url: format!("{url}?{TOKEN_PARAMETER}={token}"), token, expires_at }))
 }
 
@@ -82,6 +85,7 @@ pub(super) async fn link(
 pub(super) async fn forward(
     State(app): State<App>,
     From(caller): From,
+    Who(identity): Who,
     SandboxPort(address): SandboxPort,
     mut request: Request,
 ) -> Result<Response, ApiError> {
@@ -95,7 +99,7 @@ pub(super) async fn forward(
     let upgrade = hyper::upgrade::on(&mut request);
     let dialed = app.previews.pool.dial(&app.engine, &address).await;
     let stream = dialed.map_err(|error| dial_failure(error, &address))?;
-    relay(&app, async move {
+    relay(&app, identity, async move {
         let client = upgrade.await.map_err(io::Error::other)?;
         Ok((TokioIo::new(client), stream))
     });
@@ -113,7 +117,8 @@ async fn listening(app: &App, caller: &Caller, id: &stacyvm_api::SandboxId) -> R
 
 fn describe(app: &App, caller: &Caller, address: &Address, listening: bool) -> Result<Port, ApiError> {
     let set = app.engine.port_access(caller, &address.id, address.port)?;
-    Ok(Port { port: address.port, listening, access: app.previews.access(set), url: app.previews.url(address) })
+    let access = preview::access(set, &app.auth);
+    Ok(Port { port: address.port, listening, access, url: app.previews.url(address) })
 }
 
 fn check_own(address: &Address) -> Result<(), ApiError> {

@@ -13,6 +13,8 @@ use crate::App;
 use crate::error::ApiError;
 use crate::host_stats::ProcessStats;
 use crate::metrics::{OPEN_METRICS, Scrape, TEXT_FORMAT};
+use crate::options::RateLimitOptions;
+use crate::rate_limit::RateLimiter;
 use crate::reply::Reply;
 
 /// A reading of everything takes at most this long (control-plane 2.14).
@@ -71,6 +73,7 @@ pub(super) async fn metrics_prometheus(State(app): State<App>, headers: HeaderMa
     let scrape = Scrape {
         http: &app.http_metrics,
         snapshot: snapshot(&app).await?,
+        rate_limit: app.gate.stats(),
         process: ProcessStats::read(),
         uptime: app.started.elapsed(),
     };
@@ -166,7 +169,7 @@ fn common(app: &App, snapshot: &MetricsSnapshot) -> Value {
         "operations": snapshot.operations.iter().map(operation).collect::<Vec<_>>(),
         "scheduler": scheduler(app.engine.options(), &snapshot.queue),
         "quotas": snapshot.quotas,
-        "rate_limit": rate_limit(),
+        "rate_limit": rate_limit(app),
     })
 }
 
@@ -232,19 +235,22 @@ fn scheduler(options: &EngineOptions, queue: &QueueStats) -> Value {
     })
 }
 
-/// The published keys while there is no rate limiter.
-fn rate_limit() -> Value {
+/// The published keys, with zero values while there is no limit.
+fn rate_limit(app: &App) -> Value {
+    let options = app.gate.limiter().map(RateLimiter::options);
+    let stats = app.gate.stats();
+    let text = |of: fn(&RateLimitOptions) -> Duration| options.map(|options| span(of(options))).unwrap_or_default();
     json!({
-        "enabled": false,
-        "requests_per_minute": 0,
-        "burst": 0,
-        "key_by": "",
-        "active_buckets": 0,
-        "allowed_total": 0,
-        "limited_total": 0,
-        "evicted_total": 0,
-        "bucket_ttl": "",
-        "cleanup_interval": "",
+        "enabled": options.is_some(),
+        "requests_per_minute": options.map_or(0, |options| options.requests_per_minute.get()),
+        "burst": options.map_or(0, |options| options.burst.get()),
+        "key_by": options.map_or("", |options| options.key_by.word()),
+        "active_buckets": stats.active_buckets,
+        "allowed_total": stats.allowed_total,
+        "limited_total": stats.limited_total,
+        "evicted_total": stats.evicted_total,
+        "bucket_ttl": text(|options| options.bucket_ttl),
+        "cleanup_interval": text(|options| options.cleanup_interval),
     })
 }
 

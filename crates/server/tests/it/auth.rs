@@ -1,4 +1,4 @@
-//! Every route with every role, with keys set and without.
+//! Every route with every kind of key, with keys and without.
 
 use stacyvm_server::{AdminFallback, BodyRule, ProbeAccess, RouteInfo, Scope, Secret, ServerOptions, route_list};
 
@@ -13,6 +13,7 @@ fn path_of(route: &RouteInfo) -> String {
         .replace("{port}", "3000")
         .replace("{name}", "none")
         .replace("{owner_id}", "nobody")
+        .replace("{key_id}", "key-00000000000000000000")
         .replace("{*path}", "index.html")
 }
 
@@ -32,36 +33,61 @@ async fn ask(fixture: &Fixture, route: &RouteInfo, headers: &[(&str, &str)]) -> 
     Answer { status: live.status, headers: live.headers, body: Vec::new(), trailers: Vec::new() }
 }
 
-/// What the table promises for a scope and a role.
-fn admitted(scope: Scope, role: &str) -> bool {
+/// What the table promises for a scope to a caller with these scopes; none are
+/// those of nobody.
+fn admitted(scope: Scope, held: &[&str]) -> bool {
     match scope {
         Scope::Public | Scope::Probe => true,
-        Scope::Read | Scope::Api => role != "anonymous",
-        Scope::Admin => role == "admin",
+        Scope::Read | Scope::Api | Scope::Admin => held.contains(&scope.name()),
+    }
+}
+
+const READ: &str = "read:*";
+const API: &str = "api:*";
+const ADMIN: &str = "admin:*";
+
+#[tokio::test]
+async fn every_route_admits_exactly_the_keys_with_its_scope() {
+    let fixture = Fixture::with_keys("user-key", "root-key").await;
+    let unknown = format!("e2b_{}", "0".repeat(40));
+    let (api_header, admin_header) = ("X-API-Key", "X-Admin-API-Key");
+    let mut callers: Vec<(&str, String, Vec<&str>)> = vec![
+        (api_header, String::new(), vec![]),
+        (api_header, "wrong".to_owned(), vec![]),
+        (api_header, unknown, vec![]),
+        ("Authorization", "Bearer user-key".to_owned(), vec![]),
+        (api_header, "user-key".to_owned(), vec![READ, API]),
+        (api_header, "root-key".to_owned(), vec![READ, API, ADMIN]),
+        (admin_header, "root-key".to_owned(), vec![READ, API, ADMIN]),
+    ];
+    for held in [vec![READ], vec![API], vec![ADMIN], vec![READ, API], vec![READ, ADMIN], vec![READ, API, ADMIN]] {
+        let key = fixture.stored_key(&format!("k{}", callers.len()), &held).await;
+        callers.push((api_header, key.clone(), held.clone()));
+        callers.push((admin_header, key, held));
+    }
+    for route in route_list() {
+        for (header, key, held) in &callers {
+            let answer = ask(&fixture, &route, &[(header, key)]).await;
+            let refused = matches!(answer.status, 401 | 403);
+            let what = format!("{} {} with {held:?} in {header}: {}", route.method, route.path, answer.status);
+            assert_eq!(!refused, admitted(route.scope, held), "{what}");
+            if refused {
+                assert_eq!(answer.status, if held.is_empty() { 401 } else { 403 }, "{what}");
+            }
+        }
     }
 }
 
 #[tokio::test]
-async fn every_route_admits_exactly_the_roles_of_its_scope() {
-    let fixture = Fixture::with_keys("user-key", "root-key").await;
-    let roles: [(&str, &[(&str, &str)]); 6] = [
-        ("anonymous", &[]),
-        ("anonymous", &[("X-API-Key", "wrong")]),
-        ("anonymous", &[("Authorization", "Bearer user-key")]),
-        ("api", &[("X-API-Key", "user-key")]),
-        ("admin", &[("X-API-Key", "root-key")]),
-        ("admin", &[("X-Admin-API-Key", "root-key")]),
-    ];
+async fn a_stored_key_alone_closes_every_route_to_others() {
+    let fixture = Fixture::with_keys("", "").await;
+    let key = fixture.stored_key("root", &[READ, API, ADMIN]).await;
     for route in route_list() {
-        for (role, headers) in roles {
-            let answer = ask(&fixture, &route, headers).await;
-            let refused = matches!(answer.status, 401 | 403);
-            let what = format!("{} {} as {role} {headers:?}: {}", route.method, route.path, answer.status);
-            assert_eq!(!refused, admitted(route.scope, role), "{what}");
-            if refused {
-                assert_eq!(answer.status, if role == "anonymous" { 401 } else { 403 }, "{what}");
-            }
-        }
+        let open = matches!(route.scope, Scope::Public | Scope::Probe);
+        let anonymous = ask(&fixture, &route, &[]).await.status;
+        assert_eq!(anonymous == 401, !open, "{} {}: {anonymous}", route.method, route.path);
+        let holder = ask(&fixture, &route, &[("X-API-Key", &key)]).await.status;
+        assert!(!matches!(holder, 401 | 403), "{} {}: {holder}", route.method, route.path);
     }
 }
 

@@ -149,6 +149,48 @@ async fn listed_origins_get_cors_and_preflights_need_no_key() {
 }
 
 #[tokio::test]
+async fn errors_carry_cors_headers_so_that_pages_can_read_why() {
+    let options = ServerOptions {
+        api_key: Secret::new("k"),
+        cors_origins: vec!["https://app.example".to_owned()],
+        ..ServerOptions::default()
+    };
+    let fixture = Fixture::with_options(options).await;
+    let page = |method: &str, path: &str| fixture.api(method, path).header("Origin", "https://app.example");
+    let too_large = vec![b'x'; (1 << 20) + 1];
+    for (request, status) in [
+        (page("GET", "/sandboxes"), 401),
+        (page("GET", "/nothing").key("k"), 404),
+        (page("PUT", "/sandboxes").key("k"), 405),
+        (page("POST", "/sandboxes").key("k").body("x").header("Content-Type", "text/plain"), 415),
+        (page("POST", "/sandboxes").key("k").body("x").header("Content-Type", "application/json"), 400),
+        (page("POST", "/sandboxes").key("k").body(too_large).header("Content-Type", "application/json"), 413),
+        (page("OPTIONS", "/sandboxes").key("k"), 405),
+    ] {
+        let answer = request.send().await;
+        assert_eq!(answer.status, status);
+        assert_eq!(answer.header("access-control-allow-origin"), Some("https://app.example"), "{status}");
+        assert!(answer.header("access-control-expose-headers").unwrap().contains("X-Request-ID"), "{status}");
+        assert_eq!(answer.header("access-control-allow-credentials"), None, "keys are headers, not cookies");
+        answer.failure();
+    }
+}
+
+#[tokio::test]
+async fn any_origin_works_with_a_stored_key() {
+    let open = Fixture::open().await;
+    open.stored_key("root", &["read", "api", "admin"]).await;
+    let options = ServerOptions { cors_origins: vec!["*".to_owned()], port: 0, ..ServerOptions::default() };
+    let fixture = open.on_engine(options).await;
+    let reader = fixture.stored_key("page", &["read"]).await;
+    let call = fixture.api("GET", "/sandboxes").header("Origin", "https://any.example").key(&reader).send().await;
+    assert_eq!((call.status, call.header("access-control-allow-origin")), (200, Some("*")));
+    let refused = fixture.api("POST", "/sandboxes").header("Origin", "https://any.example").key(&reader);
+    let refused = refused.json(&json!({})).send().await;
+    assert_eq!((refused.status, refused.header("access-control-allow-origin")), (403, Some("*")));
+}
+
+#[tokio::test]
 async fn binding_beyond_loopback_or_to_every_origin_needs_a_key() {
     let fixture = Fixture::open().await;
     let bind = |options: ServerOptions| Server::bind(ServerOptions { port: 0, ..options }, fixture.engine.clone());

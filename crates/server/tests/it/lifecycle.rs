@@ -18,17 +18,60 @@ async fn request_ids_are_echoed_or_made() {
         assert_eq!(echoed.header("x-request-id"), Some("my-id.1"), "{path}");
         let made = fixture.get(path).await;
         assert_eq!(made.header("x-request-id").map(str::len), Some(36), "{path}");
-        let long = fixture.api("GET", path).header("X-Request-ID", &"x".repeat(200)).send().await;
-        assert_eq!(long.header("x-request-id").map(str::len), Some(36), "{path}");
+        let key = format!("id-e2b_{}", "0123456789".repeat(4));
+        for refused in ["x".repeat(129).as_str(), "caf\u{e9}", &key] {
+            let made = fixture.api("GET", path).header("X-Request-ID", refused).send().await;
+            let id = made.header("x-request-id").unwrap();
+            assert_eq!((id.len(), &id[14..15]), (36, "4"), "{path}: {refused} gave {id}");
+        }
     }
 }
 
 #[tokio::test]
-async fn answers_are_compact_and_never_cached_or_sniffed() {
+async fn streams_sockets_preflights_and_refusals_have_request_ids_too() {
+    let options = ServerOptions { cors_origins: vec!["https://app.example".to_owned()], ..ServerOptions::default() };
+    let fixture = Fixture::with_options(options).await;
+    let id = fixture.sandbox().await;
+    let socket = fixture
+        .api("GET", &format!("/sandboxes/{id}/exec/ws"))
+        .header("Connection", "Upgrade")
+        .header("Upgrade", "websocket")
+        .header("Sec-WebSocket-Version", "13")
+        .header("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==");
+    let exec = json!({ "command": "true", "stream": true });
+    let preflight = fixture.api("OPTIONS", "/sandboxes").header("Origin", "https://app.example");
+    for (request, status) in [
+        (fixture.api("GET", "/events"), 200),
+        (fixture.api("POST", &format!("/sandboxes/{id}/exec")).json(&exec), 200),
+        (socket, 101),
+        (preflight.header("Access-Control-Request-Method", "POST"), 200),
+        (fixture.api("GET", "/sandboxes").header("Host", "evil.example"), 403),
+        (fixture.api("GET", "/sandboxes").header("Origin", "https://evil.example"), 403),
+        (fixture.api("POST", "/sandboxes").body("x"), 415),
+        (fixture.request("GET", "/swagger/"), 200),
+    ] {
+        let live = request.header("X-Request-ID", "my-id").open().await;
+        assert_eq!((live.status, live.header("x-request-id")), (status, Some("my-id")));
+    }
+}
+
+#[tokio::test]
+async fn answers_cannot_be_sniffed_framed_kept_or_run() {
     let fixture = Fixture::open().await;
+    let id = fixture.sandbox().await;
+    let path = format!("/sandboxes/{id}/files?path=page.html");
+    let upload = fixture.api("PUT", &path).header("X-StacyVM-Upload", "1").body("<script>alert(1)</script>");
+    upload.send().await.expect(200);
+    for path in [path.as_str(), "/pool/status", "/nothing", "/metrics/prometheus", "/admin/audit?format=csv"] {
+        let answer = fixture.get(path).await;
+        let policy = answer.header("content-security-policy").unwrap();
+        assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"), "{path}: {policy}");
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{path}");
+        assert_eq!(answer.header("x-frame-options"), Some("DENY"), "{path}");
+        assert_eq!(answer.header("referrer-policy"), Some("no-referrer"), "{path}");
+        assert_eq!(answer.header("cache-control"), Some("no-store"), "{path}");
+    }
     let answer = fixture.get("/pool/status").await;
-    assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
-    assert_eq!(answer.header("cache-control"), Some("no-store"));
     assert_eq!(answer.header("content-type"), Some("application/json"));
 }
 
@@ -170,4 +213,22 @@ fn is_readable(socket: &TcpStream) -> bool {
     let mut byte = [0u8];
     let mut buffer = tokio::io::ReadBuf::new(&mut byte);
     matches!(socket.poll_peek(&mut context, &mut buffer), std::task::Poll::Ready(Ok(_)))
+}
+
+#[tokio::test]
+async fn an_answer_before_the_body_says_that_the_connection_ends() {
+    let fixture = Fixture::with_keys("k", "").await;
+    let body = json!({ "image": "alpine:latest" });
+    let post = |key: &str, path: &str| fixture.api("POST", path).key(key).json(&body);
+    let form = post("k", "/sandboxes").header("Content-Type", "text/plain");
+    for (request, status) in [(post("", "/sandboxes"), 401), (post("k", "/nothing"), 404), (form, 415)] {
+        // Only the head: the server cannot have read the rest.
+        let head = request.header("Content-Length", "100").begin().await;
+        let live = crate::support::Live::read(head).await;
+        assert_eq!((live.status, live.header("connection")), (status, Some("close")));
+    }
+    let read = post("k", "/sandboxes").send().await;
+    assert_eq!((read.status, read.header("connection")), (201, None));
+    let none = fixture.api("GET", "/sandboxes").key("").send().await;
+    assert_eq!((none.status, none.header("connection")), (401, None), "there was no body");
 }

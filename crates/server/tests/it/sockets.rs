@@ -5,22 +5,29 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 use crate::support::{Fixture, eventually, within};
 
-struct Socket(WebSocketStream<TcpStream>);
+pub(crate) struct Socket(WebSocketStream<TcpStream>);
 
 impl Socket {
     async fn open(fixture: &Fixture, id: &str) -> Self {
+        Self::open_with_key(fixture, id, "").await
+    }
+
+    pub(crate) async fn open_with_key(fixture: &Fixture, id: &str, key: &str) -> Self {
         let stream = TcpStream::connect(fixture.address).await.unwrap();
         let url = format!("ws://{}/api/v1/sandboxes/{id}/exec/ws", fixture.address);
-        let (socket, response) = within(tokio_tungstenite::client_async(url, stream)).await.unwrap();
+        let mut request = url.into_client_request().unwrap();
+        request.headers_mut().insert("x-api-key", key.parse().unwrap());
+        let (socket, response) = within(tokio_tungstenite::client_async(request, stream)).await.unwrap();
         assert_eq!(response.status().as_u16(), 101);
         Self(socket)
     }
 
-    async fn say(&mut self, message: &Value) {
+    pub(crate) async fn say(&mut self, message: &Value) {
         self.0.send(Message::text(message.to_string())).await.unwrap();
     }
 
@@ -36,11 +43,11 @@ impl Socket {
         }
     }
 
-    async fn message(&mut self) -> Value {
+    pub(crate) async fn message(&mut self) -> Value {
         self.next().await.unwrap_or_else(|close| panic!("closed: {close:?}"))
     }
 
-    async fn close_code(&mut self) -> u16 {
+    pub(crate) async fn close_code(&mut self) -> u16 {
         match self.next().await {
             Err(Some(frame)) => frame.code.into(),
             other => panic!("not a close with a code: {other:?}"),

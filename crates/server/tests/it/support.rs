@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -46,7 +47,7 @@ pub(crate) struct Fixture {
     api_key: Option<String>,
     stop: Option<oneshot::Sender<()>>,
     server: Option<JoinHandle<()>>,
-    _data: tempfile::TempDir,
+    data: tempfile::TempDir,
 }
 
 /// How a fixture differs from an open server on loopback.
@@ -70,8 +71,13 @@ impl Fixture {
     }
 
     pub(crate) async fn with_keys(api: &str, admin: &str) -> Self {
-        let server =
-            ServerOptions { api_key: Secret::new(api), admin_api_key: Secret::new(admin), ..ServerOptions::default() };
+        let server = ServerOptions {
+            api_key: Secret::new(api),
+            admin_api_key: Secret::new(admin),
+            // Tests of other things fail to authenticate more often than people.
+            failures_per_minute: None,
+            ..ServerOptions::default()
+        };
         Self::with_options(server).await
     }
 
@@ -92,16 +98,36 @@ impl Fixture {
         let server = tokio::spawn(server.serve(async {
             stopped.await.ok();
         }));
-        Self {
-            address,
-            preview_address,
-            mock,
-            engine,
-            api_key: None,
-            stop: Some(stop),
-            server: Some(server),
-            _data: data,
-        }
+        Self { address, preview_address, mock, engine, api_key: None, stop: Some(stop), server: Some(server), data }
+    }
+
+    /// Another server on the same engine, in place of the first.
+    pub(crate) async fn on_engine(mut self, options: ServerOptions) -> Self {
+        self.stop().await;
+        let server = Server::bind(options, self.engine.clone()).await.unwrap();
+        self.address = server.addresses()[0];
+        self.preview_address = server.preview_addresses().first().copied();
+        let (stop, stopped) = oneshot::channel();
+        self.stop = Some(stop);
+        self.server = Some(tokio::spawn(server.serve(async {
+            stopped.await.ok();
+        })));
+        self
+    }
+
+    /// Where the server keeps its things.
+    pub(crate) fn data(&self) -> &Path {
+        self.data.path()
+    }
+
+    /// Makes a key of these scopes in the store; the key itself.
+    pub(crate) async fn stored_key(&self, name: &str, scopes: &[&str]) -> String {
+        let request = stacyvm_api::ApiKeyRequest {
+            name: name.to_owned(),
+            scopes: Some(scopes.iter().map(|scope| scope.parse().unwrap()).collect()),
+            ..Default::default()
+        };
+        self.engine.keys().create("test", request).await.unwrap().key
     }
 
     /// Requests carry this key from now on.
@@ -178,6 +204,10 @@ impl Request {
         self
     }
 
+    pub(crate) fn key(self, key: &str) -> Self {
+        self.header("X-API-Key", key)
+    }
+
     /// Replaces a header of that name; an empty value removes it.
     pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.retain(|(known, _)| !known.eq_ignore_ascii_case(name));
@@ -235,6 +265,15 @@ impl Request {
             Live::read(socket).await
         })
         .await
+    }
+
+    /// Sends everything and reads nothing: dropping the connection is a client
+    /// that goes away.
+    pub(crate) async fn begin_with_body(self) -> TcpStream {
+        let body = self.body.clone();
+        let mut socket = self.begin().await;
+        socket.write_all(&body).await.unwrap();
+        socket
     }
 
     /// Sends only the head, for tests that send the body piece by piece.
@@ -373,6 +412,14 @@ impl<S: AsyncRead + Unpin> Live<S> {
             all.extend_from_slice(&piece);
         }
         all
+    }
+
+    /// Reads on until the server breaks the body off; a proper end is a failure.
+    pub(crate) async fn breaks_off(&mut self) {
+        let mut rest = Vec::new();
+        // A reset is a break too.
+        within(self.reader.read_to_end(&mut rest)).await.ok();
+        assert!(!rest.ends_with(b"0\r\n\r\n"), "the body ended as if it were complete");
     }
 
     /// The next line of a stream of lines, without its newline.

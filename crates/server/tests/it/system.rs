@@ -225,6 +225,10 @@ async fn the_api_document_and_its_page_are_served() {
         let page = fixture.request("GET", path).send().await;
         assert_eq!((page.status, page.header("content-type")), (200, Some("text/html")), "{path}");
         assert!(page.text().contains("<base href=\"/swagger/\">"), "{path}");
+        // The page obeys its own policy: nothing in it is inline.
+        let policy = page.header("content-security-policy").unwrap();
+        assert!(policy.contains("script-src 'self';") && policy.contains("frame-ancestors 'none'"), "{policy}");
+        assert!(!page.text().contains("<script>") && !page.text().contains(" style=\""), "{path}");
     }
     let script = fixture.request("GET", "/swagger/swagger-initializer.js").send().await;
     assert!(script.text().contains("/swagger/doc.json"), "the page knows its document");

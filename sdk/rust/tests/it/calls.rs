@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use serde_json::{Value, json};
-use stacyvm_api::{CreateRequest, ErrorCode, ListQuery, SandboxState};
+use stacyvm_api::{ApiKeyRequest, AuditQuery, CreateRequest, ErrorCode, KeyScope, ListQuery, SandboxState};
 use stacyvm_client::{Client, ClientError, ClientOptions, UploadOptions};
 
 use crate::stub::{ID, Stub};
@@ -105,6 +105,47 @@ async fn list_all_follows_cursors_and_stops_at_one_that_repeats() {
     let query = ListQuery { state: Some(SandboxState::Running), ..ListQuery::default() };
     let ids: Vec<_> = stub.client.list_all(&query).await.unwrap().into_iter().map(|it| it.id.to_string()).collect();
     assert_eq!((ids, calls.load(Ordering::Relaxed)), (vec!["sb-a".to_owned(), "sb-b".to_owned()], 2));
+}
+
+#[tokio::test]
+async fn a_made_key_is_in_its_answer_and_never_in_debug_output() {
+    let made = json!({"id": "key-00000000000000000001", "name": "ci", "prefix": "e2b_01234567", "scopes": ["read:*"],
+                      "created_at": "2026-11-23T14:00:00Z", "created_by": "admin_key", "key": "e2b_hush"});
+    let create = |body: Bytes| async move {
+        let body: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body, json!({"name": "ci", "scopes": ["read:*"], "ttl": "1h0m0s"}));
+        (StatusCode::CREATED, Json(made))
+    };
+    let stub = Stub::start(Router::new().route("/admin/keys", post(create))).await;
+    let request = ApiKeyRequest {
+        name: "ci".into(),
+        scopes: Some(vec![KeyScope::Read]),
+        ttl: Some("1h".parse().unwrap()),
+        owner_id: None,
+    };
+    let made = stub.client.create_key(&request).await.unwrap();
+    assert_eq!((made.key.as_str(), made.about.name.as_str()), ("e2b_hush", "ci"));
+    assert!(!format!("{made:?}").contains("hush"));
+}
+
+#[tokio::test]
+async fn the_audit_log_is_read_by_page_and_as_a_table() {
+    let record = json!({"id": 7, "actor": "key:ci", "method": "POST", "path": "/api/v1/sandboxes", "status": 201,
+                        "duration_ms": 3, "request_id": "r", "remote_addr": "::1", "user_agent": "",
+                        "tenant_id": "", "created_at": "2026-11-23T14:00:00Z"});
+    let audit = |Query(query): Query<AuditQuery>| async move {
+        assert_eq!(query.actor.as_deref(), Some("key:ci"));
+        match query.format.as_deref() {
+            None => ([("x-next-cursor", "7")], Json(vec![record])).into_response(),
+            Some("csv") => "id\n7\n".into_response(),
+            other => panic!("format {other:?}"),
+        }
+    };
+    let stub = Stub::start(Router::new().route("/admin/audit", get(audit))).await;
+    let query = AuditQuery { actor: Some("key:ci".into()), ..AuditQuery::default() };
+    let page = stub.client.audit(&query).await.unwrap();
+    assert_eq!((page.items[0].status, page.next_cursor.as_deref()), (201, Some("7")));
+    assert_eq!(stub.client.audit_csv(&query).await.unwrap(), "id\n7\n");
 }
 
 #[tokio::test]

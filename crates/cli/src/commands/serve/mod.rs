@@ -14,7 +14,6 @@ mod options;
 mod port;
 mod providers;
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
@@ -30,7 +29,7 @@ use crate::config::{self, Config, Environment, LogFormat};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
 use crate::output::{Output, json_line, print};
-pub(crate) use options::image_store;
+pub(crate) use options::{database, image_store};
 use providers::Chosen;
 pub(crate) use providers::open_one;
 
@@ -47,7 +46,7 @@ pub(crate) use providers::open_one;
 #[command(after_help = "Examples:
   stacyvm serve
   stacyvm serve --port 8000 --data-dir ./data --destroy-on-exit
-  STACYVM_AUTH_API_KEY=$(openssl rand -hex 32) stacyvm serve --host 0.0.0.0
+  stacyvm key create admin --scope admin --data-dir ./data && stacyvm serve --data-dir ./data --host 0.0.0.0
   stacyvm serve --config /etc/stacyvm.yaml --log-format json")]
 pub(crate) struct ServeArgs {
     /// Configuration file
@@ -137,7 +136,7 @@ async fn answer(
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
     let server = bind(config, engine).await?;
-    announce(output, config, &server.addresses(), chosen)?;
+    announce(output, &server, chosen)?;
     server.serve(signals.first()).await;
     Ok(())
 }
@@ -181,9 +180,9 @@ async fn bind(config: &Config, engine: &Engine) -> anyhow::Result<Server> {
 
 /// The first line: where it listens, what makes the sandboxes and why, and who
 /// may call.
-fn announce(output: Output, config: &Config, addresses: &[SocketAddr], chosen: &Chosen) -> anyhow::Result<()> {
-    let urls: Vec<_> = addresses.iter().map(|address| format!("http://{address}")).collect();
-    let auth = config.auth.api_key.is_some() || config.auth.admin_api_key.is_some();
+fn announce(output: Output, server: &Server, chosen: &Chosen) -> anyhow::Result<()> {
+    let urls: Vec<_> = server.addresses().iter().map(|address| format!("http://{address}")).collect();
+    let auth = server.demands_key();
     if output.is_json() {
         let line = json!({ "listening": urls, "provider": chosen.default, "reason": chosen.why, "auth": auth });
         return json_line(&line);

@@ -1,15 +1,19 @@
 //! The configuration in the terms of the crates that act on it.
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use stacyvm_api::NetworkMode;
 use stacyvm_engine::{EngineOptions, Limits, Retention, SandboxDefaults, ServerSecret, SpawnOverflow};
 use stacyvm_image::ImageStoreOptions;
-use stacyvm_server::{AdminFallback, PreviewOptions, ProbeAccess, Secret, ServerOptions, TlsFiles};
+use stacyvm_server::{
+    AdminFallback, Authentication, PreviewOptions, ProbeAccess, RateLimitKey, RateLimitOptions, Secret, ServerOptions,
+    TlsFiles,
+};
 
 use crate::commands::version;
-use crate::config::{Config, DatabaseDriver, Environment, OverflowMode};
+use crate::config::{Config, DatabaseDriver, Environment, OverflowMode, RateLimit, RateLimitBy};
 use crate::data_dir::SECRET_BYTES;
 
 /// The image store's place in the data directory.
@@ -55,13 +59,16 @@ pub(super) fn engine(
             destroyed_sandboxes: config.retention.destroyed_sandboxes.get(),
             exec_log: config.retention.exec_log.get(),
             operation_log: config.retention.operation_log.get(),
+            audit_log: time_limit(config.auth.admin_audit_retention.get()),
             events: config.retention.events,
+            ..Retention::default()
         },
         ..EngineOptions::new(database(config, data_dir), ServerSecret::new(secret), default_provider)
     }
 }
 
-fn database(config: &Config, data_dir: &Path) -> PathBuf {
+/// The store's file.
+pub(crate) fn database(config: &Config, data_dir: &Path) -> PathBuf {
     match config.database.driver {
         DatabaseDriver::Sqlite => data_dir.join(&config.database.path),
     }
@@ -80,6 +87,14 @@ pub(super) fn server(config: &Config) -> ServerOptions {
         } else {
             AdminFallback::Disabled
         },
+        authentication: match config.auth.enabled {
+            None => Authentication::WhenThereIsAKey,
+            Some(true) => Authentication::Required,
+            Some(false) => Authentication::Off,
+        },
+        rate_limit: rate_limit(&config.rate_limit),
+        failures_per_minute: NonZeroU32::new(config.auth.failures_per_minute),
+        trusted_proxies: settings.trusted_proxies.clone(),
         probes: if settings.public_probes { ProbeAccess::Public } else { ProbeAccess::Authenticated },
         allowed_hosts: settings.allowed_hosts.clone(),
         cors_origins: settings.cors_allowed_origins.clone(),
@@ -97,6 +112,22 @@ pub(super) fn server(config: &Config) -> ServerOptions {
         shutdown_grace: settings.shutdown_timeout.get(),
         ..ServerOptions::default()
     }
+}
+
+/// Off, too, when no number of requests is set.
+fn rate_limit(settings: &RateLimit) -> Option<RateLimitOptions> {
+    let requests_per_minute = NonZeroU32::new(settings.requests_per_minute).filter(|_| settings.enabled)?;
+    Some(RateLimitOptions {
+        requests_per_minute,
+        burst: NonZeroU32::new(settings.burst).unwrap_or(requests_per_minute),
+        key_by: match settings.key_by {
+            None | Some(RateLimitBy::Owner) => RateLimitKey::Owner,
+            Some(RateLimitBy::ApiKey) => RateLimitKey::ApiKey,
+            Some(RateLimitBy::Address) => RateLimitKey::Address,
+        },
+        bucket_ttl: settings.bucket_ttl.get(),
+        cleanup_interval: settings.cleanup_interval.get(),
+    })
 }
 
 /// The image store, which `oci` and `stacyvm image` share.

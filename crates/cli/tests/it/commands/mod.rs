@@ -3,6 +3,7 @@
 mod copies;
 mod execution;
 mod images;
+mod keys;
 mod sandboxes;
 mod terminal;
 

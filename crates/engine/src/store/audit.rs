@@ -1,0 +1,110 @@
+//! The audit log.
+
+use sqlx::sqlite::{Sqlite, SqliteConnection, SqliteRow};
+use sqlx::{QueryBuilder, Row as _};
+use stacyvm_api::{AuditRecord, Timestamp};
+
+use super::rows::{number, optional_parsed, signed, time};
+use super::{Doing as _, Store, StoreError};
+use crate::audit::{AuditEntry, AuditKind};
+
+/// An entry with the time at which the call was over.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct AuditRow {
+    pub(crate) at: Timestamp,
+    pub(crate) entry: AuditEntry,
+}
+
+/// Which records are asked for; what is `None` is not looked at.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct AuditFilter<'a> {
+    pub(crate) before: Option<u64>,
+    pub(crate) actor: Option<&'a str>,
+    pub(crate) method: Option<&'a str>,
+    pub(crate) status: Option<u32>,
+    pub(crate) path_part: Option<&'a str>,
+}
+
+impl Store {
+    /// The newest first.
+    pub(crate) async fn audit(&self, filter: AuditFilter<'_>, limit: u32) -> Result<Vec<AuditRecord>, StoreError> {
+        const DOING: &str = "read the audit log";
+        let rows = select(filter, limit).build().fetch_all(&self.readers).await.doing(DOING)?;
+        rows.iter().map(read).collect::<Result<_, _>>().doing(DOING)
+    }
+
+    /// The newest id that is beyond the newest `keep` of a kind.
+    pub(super) async fn newest_audit_to_go(&self, kind: AuditKind, keep: u32) -> Result<Option<i64>, StoreError> {
+        sqlx::query_scalar("SELECT id FROM audit_log WHERE kind = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2")
+            .bind(kind.word())
+            .bind(keep)
+            .fetch_optional(&self.readers)
+            .await
+            .doing("count the audit log")
+    }
+}
+
+fn select(filter: AuditFilter<'_>, limit: u32) -> QueryBuilder<Sqlite> {
+    let mut query = QueryBuilder::new("SELECT * FROM audit_log WHERE TRUE");
+    if let Some(before) = filter.before {
+        query.push(" AND id < ").push_bind(signed(before));
+    }
+    if let Some(actor) = filter.actor {
+        query.push(" AND actor = ").push_bind(actor.to_owned());
+    }
+    if let Some(method) = filter.method {
+        query.push(" AND method = ").push_bind(method.to_owned());
+    }
+    if let Some(status) = filter.status {
+        query.push(" AND status = ").push_bind(status);
+    }
+    if let Some(part) = filter.path_part {
+        query.push(" AND instr(path, ").push_bind(part.to_owned()).push(") > 0");
+    }
+    query.push(" ORDER BY id DESC LIMIT ").push_bind(limit);
+    query
+}
+
+fn read(row: &SqliteRow) -> Result<AuditRecord, sqlx::Error> {
+    let tenant: Option<String> = row.try_get("tenant_id")?;
+    Ok(AuditRecord {
+        id: number(row, "id")?,
+        actor: row.try_get("actor")?,
+        method: row.try_get("method")?,
+        path: row.try_get("path")?,
+        status: number(row, "status")? as u16,
+        duration_ms: number(row, "duration_ms")?,
+        request_id: row.try_get("request_id")?,
+        remote_addr: row.try_get("remote_addr")?,
+        user_agent: row.try_get("user_agent")?,
+        tenant_id: tenant.unwrap_or_default(),
+        created_at: time(row, "at")?,
+        key_id: optional_parsed(row, "key_id")?,
+        owner_id: optional_parsed(row, "owner_id")?,
+    })
+}
+
+pub(super) async fn insert(connection: &mut SqliteConnection, row: &AuditRow) -> Result<(), sqlx::Error> {
+    let entry = &row.entry;
+    sqlx::query(
+        "INSERT INTO audit_log (at, kind, actor, key_id, owner_id, tenant_id, method, path, status, duration_ms,
+             request_id, remote_addr, user_agent)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+    )
+    .bind(row.at.unix_ms())
+    .bind(entry.kind.word())
+    .bind(&entry.actor)
+    .bind(entry.key.as_ref().map(AsRef::as_ref))
+    .bind(entry.owner.as_ref().map(AsRef::as_ref))
+    .bind(&entry.tenant)
+    .bind(&entry.method)
+    .bind(&entry.path)
+    .bind(entry.status)
+    .bind(i64::try_from(entry.duration.as_millis()).unwrap_or(i64::MAX))
+    .bind(&entry.request_id)
+    .bind(&entry.remote_addr)
+    .bind(&entry.user_agent)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
