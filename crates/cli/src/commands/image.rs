@@ -114,16 +114,22 @@ struct Entry {
 
 pub(crate) async fn run(context: &Context, args: ImageArgs) -> anyhow::Result<()> {
     let output = context.output;
-    let store = open(&args).await?;
+    let (store, data_dir) = open(&args).await?;
+    // A server with another directory does not see what is brought in here.
+    let say_where = || output.note(&format!("stored in {}, for servers with this data directory", data_dir.display()));
     match args.command {
         ImageCommand::Pull { reference } => {
             let image = store.pull(&reference, &Watch::new(output, &reference)).await?;
-            show(output, &[Entry::of_image(&image)])
+            show(output, &[Entry::of_image(&image)])?;
+            say_where();
+            Ok(())
         }
         ImageCommand::Import(import) => {
             let watch = Watch::new(output, &import.path.display().to_string());
             let images = store.import(&import.path, ImportOptions { name: import.name }, &watch).await?;
-            show(output, &images.iter().map(Entry::of_image).collect::<Vec<_>>())
+            show(output, &images.iter().map(Entry::of_image).collect::<Vec<_>>())?;
+            say_where();
+            Ok(())
         }
         ImageCommand::List => {
             let images: Vec<_> = store.list().await?.into_iter().map(Entry::of_summary).collect();
@@ -162,8 +168,8 @@ pub(crate) async fn run(context: &Context, args: ImageArgs) -> anyhow::Result<()
     }
 }
 
-/// The store that a server with the same options uses.
-async fn open(args: &ImageArgs) -> anyhow::Result<ImageStore> {
+/// The store that a server with the same options uses, and its data directory.
+async fn open(args: &ImageArgs) -> anyhow::Result<(ImageStore, PathBuf)> {
     let environment = Environment::of_this_process();
     let mut config = config::load(args.config.as_deref(), &environment)?.config;
     if args.data_dir.is_some() {
@@ -171,7 +177,8 @@ async fn open(args: &ImageArgs) -> anyhow::Result<ImageStore> {
     }
     let data_dir = data_dir::resolve(config.top.data_dir.as_deref(), environment.home.as_deref())?;
     data_dir::create(&data_dir)?;
-    Ok(ImageStore::open(image_store(&config, &data_dir, &environment)).await?)
+    let store = ImageStore::open(image_store(&config, &data_dir, &environment)).await?;
+    Ok((store, data_dir))
 }
 
 impl Entry {
