@@ -41,6 +41,7 @@ pub(crate) fn harden() {
 
 /// Reads the configuration and serves until the sandbox ends.
 pub(crate) fn serve() -> io::Result<()> {
+    close_other_descriptors()?;
     fill_standard_descriptors()?;
     let listener = inherited_listener()?;
     let config = read_config()?;
@@ -61,6 +62,16 @@ pub(crate) fn serve() -> io::Result<()> {
             result = lifecycle::until_ended(sandbox) => result,
         }
     })
+}
+
+/// Launchers leave descriptors of their own behind (a container runtime: this
+/// program's file). None is for commands to inherit.
+fn close_other_descriptors() -> io::Result<()> {
+    // SAFETY: nothing in this program has opened a descriptor yet.
+    match unsafe { libc::syscall(libc::SYS_close_range, BOOT_FD + 1, u32::MAX, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
 }
 
 /// Descriptors 0 to 2 may be closed; a file opened later must not land there.

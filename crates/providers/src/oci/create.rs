@@ -24,12 +24,13 @@ use tokio::sync::oneshot;
 use super::cgroup::Limits;
 use super::disk::{DiskChoice, DiskRecord};
 use super::error::OciError;
+use super::external::{Binary, Hierarchies};
 use super::network::{self, Destination, Port};
 use super::pairs::Pair;
 use super::registry::Live;
 use super::runtime::Runtime;
 use super::spawner::CallError;
-use super::spawner::protocol::{CgroupPlan, Done, HostPlan, Job, LaunchPlan, RootPlan};
+use super::spawner::protocol::{CgroupPlan, Done, HostPlan, Job, LaunchPlan, RootPlan, RuntimePlan};
 use super::state::{self, NetworkRecord, NewRecord, Record};
 use super::{channel, host_image, rootless, strays};
 
@@ -183,7 +184,8 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
     let Pair { uids, user, network, port, .. } = take_pair(runtime, plan).await?;
     let (uid_base, own) = (uids.base(), OwnNetwork::of(plan, port.as_ref()));
     let (disk, disk_mount) = runtime.disks.take(plan.disk, uid_base).await?;
-    let held = Held { uid_base, disk, groups: runtime.cgroups.directories(plan.id.as_str()) };
+    let groups = groups(runtime, &plan.id).map_err(OciError::system("find the control groups"))?;
+    let held = Held { uid_base, disk, groups, runtime: runtime.external.clone() };
     let record = Record::from(record(plan, held, port.as_ref()));
     state::save(&sandbox, &record).map_err(OciError::file("write the record in", &sandbox))?;
     // The record owns both from here on, and only whoever frees the sandbox
@@ -198,7 +200,7 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
         runtime.allow(port, plan.allowed.as_deref().unwrap_or_default()).await?;
     }
 
-    let job = Job::Launch(Box::new(launch_plan(runtime, plan, &record, groups, own)));
+    let job = job(runtime, plan, &record, launch_plan(runtime, plan, &record, groups, own));
     let mut fds: Vec<BorrowedFd<'_>> = vec![listener.as_fd(), boot.as_fd(), user.as_fd(), network.as_fd()];
     fds.extend(disk_mount.as_ref().map(AsFd::as_fd));
     let (done, fds) = runtime.spawner.call(job, &fds).await?;
@@ -236,6 +238,29 @@ impl OwnNetwork {
     }
 }
 
+/// Control groups that a sandbox will have, made by us or by its runtime.
+fn groups(runtime: &Runtime, id: &SandboxId) -> std::io::Result<Vec<PathBuf>> {
+    let mut groups = runtime.cgroups.directories(id.as_str());
+    if runtime.external.is_some() {
+        groups.extend(Hierarchies::find()?.groups(&runtime.cgroups_path(id)));
+        groups.sort_unstable();
+        groups.dedup();
+    }
+    Ok(groups)
+}
+
+/// Whoever is to launch the sandbox.
+fn job(runtime: &Runtime, plan: &Plan, record: &Record, mut launch: LaunchPlan) -> Job {
+    let Some(container) = record.container(&runtime.layout.sandbox(&plan.id)) else {
+        return Job::Launch(Box::new(launch));
+    };
+    // Reachable for the sandbox's root, unlike anything in the data directory.
+    launch.root.scratch.clone_from(&runtime.run_dir);
+    let cgroups_path = runtime.cgroups_path(&plan.id);
+    let limits = runtime.cgroups.for_bundle(&plan.limits);
+    Job::LaunchWith(Box::new(launch), Box::new(RuntimePlan { container, cgroups_path, limits }))
+}
+
 /// The files and groups of a sandbox. What it returns is owned by the record
 /// that was written first.
 fn prepare(
@@ -247,6 +272,10 @@ fn prepare(
     runtime.disks.make_directory(&record.disk, sandbox).map_err(OciError::file("make a disk in", sandbox))?;
     let groups =
         runtime.cgroups.create(plan.id.as_str(), &plan.limits).map_err(OciError::system("make the control groups"))?;
+    if record.runtime.is_some() {
+        let directory = state::runtime_dir(sandbox);
+        std::fs::DirBuilder::new().mode(0o700).create(&directory).map_err(OciError::file("make", &directory))?;
+    }
     let listener = channel::listen(sandbox).map_err(OciError::file("listen in", sandbox))?;
     let boot = boot_config(plan).map_err(OciError::system("pass on the boot configuration"))?;
     Ok((groups, listener, boot))
@@ -257,6 +286,7 @@ struct Held {
     uid_base: u32,
     disk: DiskRecord,
     groups: Vec<PathBuf>,
+    runtime: Option<Binary>,
 }
 
 fn record(plan: &Plan, held: Held, port: Option<&Port>) -> NewRecord {
@@ -276,6 +306,7 @@ fn record(plan: &Plan, held: Held, port: Option<&Port>) -> NewRecord {
         memory_limit_bytes: plan.limits.memory_bytes,
         pids_limit: plan.limits.pids,
         limits: plan.report.clone(),
+        runtime: held.runtime,
     }
 }
 

@@ -44,6 +44,9 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
             runtime.let_go(disk);
         }
     }
+    if let Some(record) = &record {
+        runtime.forget(record).await;
+    }
     let mut directories = runtime.cgroups.directories(id.as_str());
     // The server may have been in another group when it made this one.
     directories.extend(record.iter().flat_map(|record| record.groups.clone()));

@@ -17,6 +17,7 @@ pub(super) async fn check(runtime: &Runtime) -> HealthReport {
     let mut report = HealthReport::default();
     kernel(&mut report);
     overlay(&mut report);
+    launcher(runtime, &mut report).await;
     namespaces(runtime, &mut report).await;
     if rootless::applies() {
         users(runtime, &mut report).await;
@@ -54,6 +55,20 @@ fn overlay(report: &mut HealthReport) {
             "the kernel does not show overlayfs; it may be a module not loaded yet",
             "modprobe overlay",
         );
+    }
+}
+
+/// Whether the program that is to start sandboxes is still there.
+async fn launcher(runtime: &Runtime, report: &mut HealthReport) {
+    const NAME: &str = "oci.runtime";
+    let Some(binary) = &runtime.external else {
+        return report.ok(NAME, "sandboxes are started by this program itself");
+    };
+    match binary.check().await {
+        Ok(now) => {
+            report.ok(NAME, format!("sandboxes are started by {} {} ({})", now.name, now.version, now.program.display()));
+        }
+        Err(refusal) => report.fail(NAME, chain(&refusal), refusal.fix()),
     }
 }
 

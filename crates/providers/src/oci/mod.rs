@@ -12,8 +12,8 @@
 //!                              └────── sweep ────────┘── destroy
 //! ```
 //!
-//! Files: `spawner` forks, `launch` is what the fork does, `create` and
-//! `destroy` are the two ends of a life, `state` is what is on disk, `sweep`
+//! Files: `spawner` forks, `launch` is what the fork does (`external` where an
+//! OCI runtime of the host is to do it), `create` and `destroy` are the two ends of a life, `state` is what is on disk, `sweep`
 //! finds what nobody owns. The rest is named after what the kernel calls it.
 
 mod capabilities;
@@ -24,6 +24,7 @@ mod create;
 mod destroy;
 mod disk;
 mod error;
+mod external;
 mod health;
 mod host_image;
 mod ids;
@@ -54,7 +55,7 @@ use stacyvm_sandbox::{
     RuntimeSandbox, RuntimeState, SandboxSpec,
 };
 
-pub use options::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, SpawnerCommand};
+pub use options::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciRuntime, SpawnerCommand};
 pub use spawner::spawner_main;
 
 use channel::OciChannel;
@@ -138,11 +139,18 @@ impl Provider for OciProvider {
     }
 
     fn describe(&self) -> BTreeMap<String, String> {
-        BTreeMap::from([
+        let mut described = BTreeMap::from([
             ("instance".to_owned(), self.runtime.instance.id().to_owned()),
             ("namespaces_ready".to_owned(), self.runtime.pairs_ready().to_string()),
             ("disks_ready".to_owned(), self.runtime.disks.ready().to_string()),
-        ])
+        ]);
+        let (runtime, version) = match &self.runtime.external {
+            Some(binary) => (binary.name.as_str(), binary.version.as_str()),
+            None => ("builtin", env!("CARGO_PKG_VERSION")),
+        };
+        described.insert("runtime".to_owned(), runtime.to_owned());
+        described.insert("runtime_version".to_owned(), version.to_owned());
+        described
     }
 
     async fn check(&self) -> HealthReport {

@@ -17,6 +17,8 @@ pub struct OciOptions {
     /// same for all of them, and emptied at boot.
     pub run_dir: PathBuf,
     pub spawner: SpawnerCommand,
+    /// What starts sandboxes.
+    pub runtime: OciRuntime,
     /// Name of our directory in the host's control group hierarchies.
     pub cgroup_parent: String,
     pub host_image: HostImageOptions,
@@ -35,6 +37,7 @@ impl OciOptions {
             data_dir: data_dir.into(),
             run_dir: "/run/stacyvm".into(),
             spawner: SpawnerCommand::default(),
+            runtime: OciRuntime::default(),
             cgroup_parent: "stacyvm".into(),
             host_image: HostImageOptions::default(),
             images: None,
@@ -43,6 +46,21 @@ impl OciOptions {
             bridge: Some(BridgeOptions::default()),
         }
     }
+}
+
+/// What starts sandboxes. Those that run keep the one that started them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum OciRuntime {
+    /// This program.
+    #[default]
+    Builtin,
+    /// A program that follows the OCI runtime specification, such as `crun`.
+    Program {
+        /// Its name, or an absolute path.
+        name: String,
+        /// Where names are looked up: directories as in `PATH`.
+        search: String,
+    },
 }
 
 /// Disks with a size, where the data directory's file system has no project

@@ -20,11 +20,12 @@ use tokio_util::task::TaskTracker;
 use super::cgroup::Cgroups;
 use super::claims::{Claims, Instance};
 use super::disk::Disks;
+use super::external::{Binary, Hierarchies};
 use super::error::OciError;
 use super::host_image::HostImage;
 use super::ids::UidRanges;
 use super::network::{self, Destination, Network};
-use super::options::OciOptions;
+use super::options::{OciOptions, OciRuntime};
 use super::pairs::PairPool;
 use super::registry::Registry;
 use super::spawner::Spawner;
@@ -40,6 +41,10 @@ pub(super) struct Runtime {
     pub(super) layout: Layout,
     pub(super) instance: Instance,
     pub(super) spawner: Arc<Spawner>,
+    /// What starts sandboxes, where that is not this program.
+    pub(super) external: Option<Binary>,
+    pub(super) run_dir: PathBuf,
+    cgroup_parent: String,
     pub(super) uids: Arc<UidRanges>,
     /// For sandboxes without a network.
     pub(super) plain: Arc<PairPool>,
@@ -74,13 +79,17 @@ impl Runtime {
         let layout = Layout::new(options.data_dir.join("oci"));
         make_directories(&layout).map_err(|error| unavailable("its data directory cannot be made", error))?;
         let lock = lock(layout.root()).await?;
-        let opened = Self::assemble(options, layout, lock);
+        let external = match &options.runtime {
+            OciRuntime::Builtin => None,
+            OciRuntime::Program { name, search } => Some(Binary::find(name, search, &options.run_dir).await?),
+        };
+        let opened = Self::assemble(options, layout, lock, external);
         let runtime = Arc::new(opened.map_err(|error| unavailable("its data directory cannot be used", error))?);
         runtime.start_background();
         Ok(runtime)
     }
 
-    fn assemble(options: &OciOptions, layout: Layout, lock: File) -> io::Result<Self> {
+    fn assemble(options: &OciOptions, layout: Layout, lock: File, external: Option<Binary>) -> io::Result<Self> {
         let instance = Instance::open(layout.root())?;
         let spawner = Arc::new(Spawner::new(options.spawner.clone()));
         let records = records(&layout)?;
@@ -98,6 +107,9 @@ impl Runtime {
         let bridge = options.bridge.as_ref().filter(|_| !rootless::applies() && network::nft().is_some());
         let connected = bridge.map(|bridge| pool(Some(Arc::clone(&network)), bridge.prepared));
         Ok(Self {
+            external,
+            run_dir: options.run_dir.clone(),
+            cgroup_parent: options.cgroup_parent.clone(),
             plain,
             network,
             connected,
@@ -159,6 +171,23 @@ impl Runtime {
     /// Lets a sandbox reach more than the internet.
     pub(super) async fn allow(&self, port: u32, destinations: &[Destination]) -> Result<(), OciError> {
         self.network.allow(port, destinations).await.map_err(OciError::system("open the network"))
+    }
+
+    /// A sandbox's group, as other runtimes are told: the same in every
+    /// hierarchy.
+    pub(super) fn cgroups_path(&self, id: &SandboxId) -> PathBuf {
+        Path::new("/").join(&self.cgroup_parent).join(self.instance.id()).join(id.as_str())
+    }
+
+    /// Has the runtime that started a sandbox delete what it remembers. All that
+    /// is known to be left is freed without it, so that a sandbox goes although
+    /// its runtime was uninstalled.
+    pub(super) async fn forget(&self, record: &Record) {
+        let Some(container) = record.container(&self.layout.sandbox(&record.id)) else { return };
+        if let Err(error) = self.spawner.call(Job::Forget(container), &[]).await {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(sandbox = %record.id, error, "its runtime did not delete it; its remains are removed");
+        }
     }
 
     /// Every sandbox that has a directory.
@@ -240,6 +269,10 @@ impl Runtime {
             tracing::warn!(%error, "claims on uids stay");
         }
         self.cgroups.close();
+        match Hierarchies::find() {
+            Ok(hierarchies) => hierarchies.remove_parents(&self.cgroup_parent, self.instance.id()),
+            Err(error) => tracing::warn!(%error, "empty control groups of other runtimes stay"),
+        }
     }
 }
 

@@ -29,15 +29,15 @@ use seccompiler::{
 const NEWEST_KNOWN: u32 = 466;
 
 /// CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET together.
-const NAMESPACE_FLAGS: u64 = 0x7e02_0000;
+pub(super) const NAMESPACE_FLAGS: u64 = 0x7e02_0000;
 
 /// Socket families a sandbox may use. Others load kernel modules that hardly
 /// anybody has looked at, or (`AF_VSOCK`) ignore network namespaces.
-const SOCKET_FAMILIES: [i32; 5] = [libc::AF_UNSPEC, libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+pub(super) const SOCKET_FAMILIES: [i32; 5] = [libc::AF_UNSPEC, libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 
 /// `personality` values Docker lets through: PER_LINUX, PER_LINUX32,
 /// UNAME26, both, and asking for the current one.
-const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
+pub(super) const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
 pub(super) type Program = Vec<libc::sock_filter>;
 
@@ -51,7 +51,7 @@ pub(super) fn build() -> Result<Program, seccompiler::BackendError> {
     )?
     .try_into()?;
 
-    let mut always: Vec<u32> = ALWAYS_ALLOWED.iter().chain(ALWAYS_ALLOWED_HERE).map(|nr| *nr as u32).collect();
+    let mut always: Vec<u32> = always_allowed().map(|(_, number)| number as u32).collect();
     always.sort_unstable();
     always.dedup();
 
@@ -68,6 +68,13 @@ pub(super) fn build() -> Result<Program, seccompiler::BackendError> {
     search(&ranges(&always), &mut program);
     program.extend(arguments_matter.iter().map(|i| libc::sock_filter { code: i.code, jt: i.jt, jf: i.jf, k: i.k }));
     Ok(program)
+}
+
+/// Names and numbers of the calls that are allowed whatever their arguments.
+/// Names are those of libseccomp, in which other runtimes take a profile.
+pub(super) fn always_allowed() -> impl Iterator<Item = (String, i64)> {
+    let of_kernel = |name: &str| name.trim_start_matches("SYS_").to_lowercase();
+    ALWAYS_ALLOWED.iter().chain(ALWAYS_ALLOWED_HERE).map(move |(name, number)| (of_kernel(name), *number))
 }
 
 fn target() -> Result<TargetArch, seccompiler::BackendError> {
@@ -165,15 +172,13 @@ fn give(action: u32) -> libc::sock_filter {
     instruction(libc::BPF_RET | libc::BPF_K, 0, 0, action)
 }
 
-/// Missing in the libc crate.
-#[cfg(target_arch = "x86_64")]
-const IO_PGETEVENTS: i64 = 333;
-#[cfg(target_arch = "aarch64")]
-const IO_PGETEVENTS: i64 = 292;
-
-/// Calls newer than the libc crate's names; their numbers are the same on
-/// every architecture.
+/// Calls that the libc crate has no names for. Numbers of those newer than it
+/// are the same on every architecture.
 mod newer {
+    #[cfg(target_arch = "x86_64")]
+    pub(super) const IO_PGETEVENTS: i64 = 333;
+    #[cfg(target_arch = "aarch64")]
+    pub(super) const IO_PGETEVENTS: i64 = 292;
     pub(super) const CACHESTAT: i64 = 451;
     pub(super) const FCHMODAT2: i64 = 452;
     pub(super) const MAP_SHADOW_STACK: i64 = 453;
@@ -189,14 +194,20 @@ mod newer {
     pub(super) const REMOVEXATTRAT: i64 = 466;
 }
 
+type Call = (&'static str, i64);
+
 macro_rules! calls {
-    ($($name:ident)*) => { &[$(libc::$name),*] };
+    ($($name:ident)*) => { &[$((stringify!($name), libc::$name)),*] };
+}
+
+macro_rules! newer_calls {
+    ($($name:ident)*) => { [$((stringify!($name), newer::$name)),*] };
 }
 
 /// Allowed whatever the arguments, on every 64-bit architecture.
 #[rustfmt::skip]
-static ALWAYS_ALLOWED: &[i64] = &{
-    const NAMED: &[i64] = calls![
+static ALWAYS_ALLOWED: &[Call] = &{
+    const NAMED: &[Call] = calls![
         SYS_accept SYS_accept4 SYS_adjtimex SYS_bind SYS_brk SYS_capget SYS_capset SYS_chdir SYS_chroot
         SYS_clock_adjtime SYS_clock_getres SYS_clock_gettime SYS_clock_nanosleep SYS_close SYS_close_range
         SYS_connect SYS_copy_file_range SYS_dup SYS_dup3 SYS_epoll_create1 SYS_epoll_ctl SYS_epoll_pwait
@@ -238,12 +249,11 @@ static ALWAYS_ALLOWED: &[i64] = &{
         SYS_timerfd_gettime SYS_timerfd_settime SYS_times SYS_tkill SYS_truncate SYS_umask SYS_uname
         SYS_unlinkat SYS_utimensat SYS_vmsplice SYS_wait4 SYS_waitid SYS_write SYS_writev
     ];
-    const NEWER: [i64; 14] = [
-        IO_PGETEVENTS, newer::CACHESTAT, newer::FCHMODAT2, newer::MAP_SHADOW_STACK, newer::FUTEX_WAKE, newer::FUTEX_WAIT,
-        newer::FUTEX_REQUEUE, newer::STATMOUNT, newer::LISTMOUNT, newer::MSEAL, newer::SETXATTRAT,
-        newer::GETXATTRAT, newer::LISTXATTRAT, newer::REMOVEXATTRAT,
+    const NEWER: [Call; 14] = newer_calls![
+        IO_PGETEVENTS CACHESTAT FCHMODAT2 MAP_SHADOW_STACK FUTEX_WAKE FUTEX_WAIT FUTEX_REQUEUE STATMOUNT LISTMOUNT
+        MSEAL SETXATTRAT GETXATTRAT LISTXATTRAT REMOVEXATTRAT
     ];
-    let mut all = [0; NAMED.len() + NEWER.len()];
+    let mut all = [("", 0); NAMED.len() + NEWER.len()];
     let mut index = 0;
     while index < all.len() {
         all[index] = if index < NAMED.len() { NAMED[index] } else { NEWER[index - NAMED.len()] };
@@ -256,7 +266,7 @@ static ALWAYS_ALLOWED: &[i64] = &{
 /// replaced.
 #[cfg(target_arch = "x86_64")]
 #[rustfmt::skip]
-static ALWAYS_ALLOWED_HERE: &[i64] = calls![
+static ALWAYS_ALLOWED_HERE: &[Call] = calls![
     SYS_access SYS_alarm SYS_arch_prctl SYS_chmod SYS_chown SYS_creat SYS_dup2 SYS_epoll_create
     SYS_epoll_ctl_old SYS_epoll_wait SYS_epoll_wait_old SYS_eventfd SYS_fork SYS_futimesat SYS_getdents
     SYS_getpgrp SYS_get_thread_area SYS_inotify_init SYS_lchown SYS_link SYS_lstat SYS_mkdir SYS_mknod
@@ -265,7 +275,7 @@ static ALWAYS_ALLOWED_HERE: &[i64] = calls![
     SYS_vfork
 ];
 #[cfg(target_arch = "aarch64")]
-static ALWAYS_ALLOWED_HERE: &[i64] = &[];
+static ALWAYS_ALLOWED_HERE: &[Call] = &[];
 
 #[cfg(test)]
 mod tests {
@@ -320,7 +330,7 @@ mod tests {
             if conditional.contains(&number) || number == libc::SYS_clone3 {
                 continue;
             }
-            let listed = ALWAYS_ALLOWED.contains(&number) || ALWAYS_ALLOWED_HERE.contains(&number);
+            let listed = always_allowed().any(|(_, allowed)| allowed == number);
             let expected = if listed { libc::SECCOMP_RET_ALLOW } else { REFUSED };
             assert_eq!(verdict(&program, AUDIT_ARCH, number, [0; 6]), expected, "system call {number}");
         }

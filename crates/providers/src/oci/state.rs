@@ -9,6 +9,7 @@
 //!     state.json                  written first: what the sandbox holds
 //!     init.json                   written by the spawner: who its init is
 //!     agent.sock                  where its agent listens
+//!     runtime/                    what another runtime remembers of it
 //!     disk/                       its writable layer, where that is a directory
 //!   trash/<n>/                    on its way out
 //! ```
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use stacyvm_api::{LimitReport, SandboxId, Timestamp};
 
 use super::disk::DiskRecord;
+use super::external::{Binary, Container};
 use super::network::{Connected, Destination};
 use super::spawner::protocol::Identity;
 
@@ -51,6 +53,10 @@ pub(super) struct Record {
     pub(super) memory_limit_bytes: u64,
     pub(super) pids_limit: u64,
     pub(super) limits: LimitReport,
+    /// What started it, where that is not this program. It is also what has to
+    /// delete it, whatever the server is configured to use by then.
+    #[serde(default)]
+    pub(super) runtime: Option<Binary>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +84,17 @@ impl Record {
     pub(super) const fn version() -> u32 {
         VERSION
     }
+
+    /// How its runtime knows it, if that is not this program.
+    pub(super) fn container(&self, sandbox: &Path) -> Option<Container> {
+        let runtime = self.runtime.as_ref()?;
+        Some(Container {
+            program: runtime.program.clone(),
+            name: runtime.name.clone(),
+            state_dir: runtime_dir(sandbox),
+            id: self.id.to_string(),
+        })
+    }
 }
 
 /// Values for a new record; `Record` itself is only made here.
@@ -93,6 +110,7 @@ pub(super) struct NewRecord {
     pub(super) memory_limit_bytes: u64,
     pub(super) pids_limit: u64,
     pub(super) limits: LimitReport,
+    pub(super) runtime: Option<Binary>,
 }
 
 impl From<NewRecord> for Record {
@@ -112,6 +130,7 @@ impl From<NewRecord> for Record {
             memory_limit_bytes: new.memory_limit_bytes,
             pids_limit: new.pids_limit,
             limits: new.limits,
+            runtime: new.runtime,
         }
     }
 }
@@ -160,6 +179,11 @@ pub(super) fn socket_name() -> &'static str {
     "agent.sock"
 }
 
+/// Where another runtime keeps what it remembers of a sandbox.
+pub(super) fn runtime_dir(sandbox: &Path) -> PathBuf {
+    sandbox.join("runtime")
+}
+
 pub(super) fn disk_dir(sandbox: &Path) -> PathBuf {
     sandbox.join("disk")
 }
@@ -169,6 +193,13 @@ pub(super) fn save(sandbox: &Path, record: &Record) -> io::Result<()> {
     let fresh = sandbox.join("state.new");
     std::fs::write(&fresh, serde_json::to_vec(record)?)?;
     std::fs::rename(fresh, sandbox.join("state.json"))
+}
+
+/// Notes who a sandbox's init is; whole or not at all.
+pub(super) fn note(identity_file: &Path, identity: &Identity) -> io::Result<()> {
+    let fresh = identity_file.with_extension("new");
+    std::fs::write(&fresh, serde_json::to_vec(identity)?)?;
+    std::fs::rename(&fresh, identity_file)
 }
 
 /// What a sandbox's directory says about it.
@@ -224,6 +255,7 @@ mod tests {
             memory_limit_bytes: 1 << 20,
             pids_limit: 10,
             limits: LimitReport::default(),
+            runtime: None,
         }
         .into()
     }

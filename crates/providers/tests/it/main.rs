@@ -10,4 +10,5 @@ mod oci_lifecycle;
 mod oci_network;
 mod oci_restart;
 mod oci_rootless;
+mod oci_runtimes;
 mod ordinary_user;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use stacyvm_conformance::{Format, ProviderTarget, RunOptions, run};
 use stacyvm_image::{ImageStore, ImageStoreOptions, ImportOptions};
+use stacyvm_providers::oci::OciOptions;
 use stacyvm_sandbox::Provider as _;
 
 use crate::fixture::Fixture;
@@ -25,10 +26,16 @@ async fn an_imported_image_passes_the_contract() {
 }
 
 async fn passes(image: &str) {
+    passes_with(image, |_| {}).await;
+}
+
+/// Runs the suite on a provider with settings of its own.
+pub(crate) async fn passes_with(image: &str, change: impl FnOnce(&mut OciOptions)) {
     let directory = tempfile::tempdir().expect("a directory for images");
     let images = imported(directory.path()).await;
     let fixture = Fixture::with(|options| {
         options.images = Some(images);
+        change(options);
     })
     .await;
     let target = Arc::new(ProviderTarget::new(fixture.provider.clone()));

@@ -11,7 +11,7 @@ use super::{Limits, Place};
 use crate::oci::process;
 
 /// Period in which a quota of processor time is counted (the kernel's default).
-const CPU_PERIOD_USEC: u64 = 100_000;
+pub(super) const CPU_PERIOD_USEC: u64 = 100_000;
 
 /// Least quota the kernel takes.
 const MIN_CPU_QUOTA_USEC: u64 = 1_000;
@@ -138,7 +138,7 @@ fn members(group: &Path) -> io::Result<Vec<Pid>> {
     Ok(procs.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect())
 }
 
-fn cpu_quota_usec(vcpus: f64) -> u64 {
+pub(super) fn cpu_quota_usec(vcpus: f64) -> u64 {
     ((vcpus * CPU_PERIOD_USEC as f64).round() as u64).max(MIN_CPU_QUOTA_USEC)
 }
 

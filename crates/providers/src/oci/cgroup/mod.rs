@@ -18,7 +18,7 @@ use stacyvm_api::{Limit, LimitReport};
 use detect::Controller;
 pub(super) use group::{Reading, remove};
 
-use super::spawner::protocol::CgroupPlan;
+use super::spawner::protocol::{BundleLimits, CgroupPlan};
 
 /// What to do where a controller is missing, as root and as an ordinary user.
 pub(super) const CONTROLLER_FIX: &str =
@@ -97,6 +97,19 @@ impl Cgroups {
     /// Whether every sandbox has a group, by which it can be found.
     pub(super) fn are_available(&self) -> bool {
         !self.places.is_empty()
+    }
+
+    /// Which limits another runtime is to be told, having the same groups: those
+    /// that hold here.
+    pub(super) fn for_bundle(&self, limits: &Limits) -> BundleLimits {
+        let held = self.report(limits).enforced;
+        let holds = |limit| held.contains(&limit);
+        BundleLimits {
+            memory_bytes: holds(Limit::Memory).then_some(limits.memory_bytes),
+            no_swap: holds(Limit::Swap) && self.places.get(&Controller::Memory).is_some_and(group::bounds_swap),
+            cpu: holds(Limit::Cpu).then(|| (group::cpu_quota_usec(limits.vcpus), group::CPU_PERIOD_USEC)),
+            pids: holds(Limit::Pids).then_some(limits.pids),
+        }
     }
 
     fn bounds_swap(&self) -> bool {

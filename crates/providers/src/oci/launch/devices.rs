@@ -21,13 +21,35 @@ const LINKS: [(&str, &str); 5] = [
 ];
 
 /// Group `tty` in practically every image.
-const TTY_GROUP: u32 = 5;
+pub(in crate::oci) const TTY_GROUP: u32 = 5;
 
 /// Size of `/dev/shm`, as Docker has it.
-const SHARED_MEMORY_MIB: u32 = 64;
+pub(in crate::oci) const SHARED_MEMORY_MIB: u32 = 64;
 
 /// Builds `dev` below the current directory, owned by the sandbox's root.
 pub(super) fn mount(uid_base: u32, authority: &Authority) -> io::Result<()> {
+    let owner = format!("uid={uid_base},gid={uid_base}");
+    let (uid, gid) = (Uid::from_raw(uid_base), Gid::from_raw(uid_base));
+    mount_nodes(uid_base, authority)?;
+    for directory in ["dev/pts", "dev/shm"] {
+        mounts::make_dir(directory, 0o755)?;
+        rustix::fs::chown(directory, Some(uid), Some(gid))?;
+    }
+    let mut terminals = "newinstance,ptmxmode=0666,mode=0620".to_owned();
+    if TTY_GROUP < authority.ids() {
+        terminals = format!("{terminals},gid={}", uid_base + TTY_GROUP);
+    }
+    mounts::mount_new("devpts", "dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, &terminals)?;
+    mounts::mount_new(
+        "tmpfs",
+        "dev/shm",
+        MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+        &format!("mode=1777,size={SHARED_MEMORY_MIB}m,{owner}"),
+    )
+}
+
+/// Only the devices and links of it.
+pub(in crate::oci) fn mount_nodes(uid_base: u32, authority: &Authority) -> io::Result<()> {
     let owner = format!("uid={uid_base},gid={uid_base}");
     // Not `nodev`: this is the one place where devices work, and nobody inside
     // can make more of them (CAP_MKNOD counts only in the host's namespace).
@@ -52,21 +74,7 @@ pub(super) fn mount(uid_base: u32, authority: &Authority) -> io::Result<()> {
         rustix::fs::symlink(target, path)?;
         rustix::fs::chownat(CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
     }
-    for directory in ["dev/pts", "dev/shm"] {
-        mounts::make_dir(directory, 0o755)?;
-        rustix::fs::chown(directory, Some(uid), Some(gid))?;
-    }
-    let mut terminals = "newinstance,ptmxmode=0666,mode=0620".to_owned();
-    if TTY_GROUP < authority.ids() {
-        terminals = format!("{terminals},gid={}", uid_base + TTY_GROUP);
-    }
-    mounts::mount_new("devpts", "dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, &terminals)?;
-    mounts::mount_new(
-        "tmpfs",
-        "dev/shm",
-        MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
-        &format!("mode=1777,size={SHARED_MEMORY_MIB}m,{owner}"),
-    )
+    Ok(())
 }
 
 /// The host's own device, for those who cannot make one.

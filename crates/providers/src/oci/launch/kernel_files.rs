@@ -42,17 +42,30 @@ pub(super) fn mount() -> Result<(), Failure> {
             mounts::bind(path, path, true).step("make kernel settings read-only")?;
         }
     }
-    for path in MASKED {
-        mask(path).step("mask kernel files")?;
-    }
-    for entry in std::fs::read_dir(CPUS).step("mask kernel files")? {
-        let cpu = entry.step("mask kernel files")?.file_name();
-        let is_cpu = cpu.to_str().and_then(|name| name.strip_prefix("cpu")).is_some_and(|n| n.parse::<u32>().is_ok());
-        if is_cpu {
-            mask(&format!("{CPUS}/{}/{MASKED_PER_CPU}", cpu.to_string_lossy())).step("mask kernel files")?;
-        }
+    for path in masked(Path::new(CPUS)).step("mask kernel files")? {
+        mask(&path).step("mask kernel files")?;
     }
     Ok(())
+}
+
+/// What another runtime has to mask, and to make read-only.
+pub(in crate::oci) fn hidden() -> io::Result<(Vec<String>, Vec<String>)> {
+    let absolute = |path: String| format!("/{path}");
+    let masked = masked(&Path::new("/").join(CPUS))?;
+    Ok((masked.into_iter().map(absolute).collect(), READ_ONLY.map(|path| absolute(path.to_owned())).into()))
+}
+
+/// Everything to mask; `cpus` is where the kernel lists its processors.
+fn masked(cpus: &Path) -> io::Result<Vec<String>> {
+    let mut paths: Vec<String> = MASKED.map(str::to_owned).into();
+    for entry in std::fs::read_dir(cpus)? {
+        let cpu = entry?.file_name();
+        let Some(name) = cpu.to_str() else { continue };
+        if name.strip_prefix("cpu").is_some_and(|number| number.parse::<u32>().is_ok()) {
+            paths.push(format!("{CPUS}/{name}/{MASKED_PER_CPU}"));
+        }
+    }
+    Ok(paths)
 }
 
 /// Covers a directory with an empty one and a file with `/dev/null`.

@@ -16,11 +16,11 @@
 //! namespace (the host's, under root): root inside the sandbox has no power
 //! over them even if a filter failed.
 
-mod devices;
-mod kernel_files;
-mod mounts;
-mod root;
-mod user;
+pub(super) mod devices;
+pub(super) mod kernel_files;
+pub(super) mod mounts;
+pub(super) mod root;
+pub(super) mod user;
 
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -35,15 +35,18 @@ use super::spawner::protocol::{DiskPlan, Failure, LaunchPlan, Step};
 use super::{capabilities, seccomp, sys};
 
 /// Where the agent finds its listening socket and its boot configuration.
-const LISTENER_FD: RawFd = 3;
-const BOOT_FD: RawFd = 4;
+pub(super) const LISTENER_FD: RawFd = 3;
+pub(super) const BOOT_FD: RawFd = 4;
 
 /// Descriptors below this are the agent's; ours move above.
-const FIRST_OWN_FD: RawFd = 10;
+pub(super) const FIRST_OWN_FD: RawFd = 10;
 
 /// Soft limit on open files, which `select` users and fd-closing loops can
 /// live with; programs that want more raise it up to the hard limit.
-const SOFT_OPEN_FILES: u64 = 65_536;
+pub(super) const SOFT_OPEN_FILES: u64 = 65_536;
+
+/// Name of the sealed file that is the agent's program.
+pub(super) const PROGRAM: &str = "stacyvm-agent";
 
 /// What the child says once all is done but the exec.
 pub(super) const READY: u8 = b'R';
@@ -139,7 +142,7 @@ fn join(namespace: BorrowedFd<'_>, kind: LinkNameSpaceType) -> rustix::io::Resul
 }
 
 /// Standard streams of the agent: nothing of the server's.
-fn attach_null() -> Result<(), Failure> {
+pub(super) fn attach_null() -> Result<(), Failure> {
     use rustix::fs::{Mode, OFlags};
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).step("open /dev/null")?;
     for number in 0..=2 {
@@ -149,7 +152,7 @@ fn attach_null() -> Result<(), Failure> {
 }
 
 /// Gives up the host's root for the sandbox's.
-fn enter_user_namespace(namespace: BorrowedFd<'_>, authority: &Authority) -> Result<(), Failure> {
+pub(super) fn enter_user_namespace(namespace: BorrowedFd<'_>, authority: &Authority) -> Result<(), Failure> {
     use rustix::fs::{Gid, Uid};
     const STEP: &str = "enter the user namespace";
     join(namespace, LinkNameSpaceType::User).step(STEP)?;

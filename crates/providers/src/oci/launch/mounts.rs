@@ -13,7 +13,7 @@ use rustix::mount::{
 use crate::oci::sys::{self, MountAttributes};
 
 /// Nothing mounted here from now on is seen by the host, nor the other way.
-pub(super) fn separate_from_host() -> io::Result<()> {
+pub(in crate::oci) fn separate_from_host() -> io::Result<()> {
     Ok(rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?)
 }
 
@@ -64,7 +64,7 @@ pub(super) fn attach(mount: BorrowedFd<'_>, target: &str) -> io::Result<()> {
 }
 
 /// Shows `source` at `target` too, read-only if so asked.
-pub(super) fn bind(source: &str, target: &str, read_only: bool) -> io::Result<()> {
+pub(in crate::oci) fn bind(source: &str, target: &str, read_only: bool) -> io::Result<()> {
     let copy = detached_copy(Path::new(source), false)?;
     if read_only {
         restrict(copy.as_fd(), false, None)?;
@@ -80,6 +80,6 @@ pub(super) fn bind_device(source: &str, target: &str) -> io::Result<()> {
     attach(copy.as_fd(), target)
 }
 
-pub(super) fn make_dir(path: &str, mode: u32) -> io::Result<()> {
+pub(in crate::oci) fn make_dir(path: &str, mode: u32) -> io::Result<()> {
     Ok(rustix::fs::mkdir(path, Mode::from_raw_mode(mode))?)
 }

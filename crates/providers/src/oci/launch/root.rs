@@ -33,9 +33,32 @@ pub(super) fn build(
     disk: Option<OwnedFd>,
     authority: &Authority,
 ) -> Result<(), Failure> {
+    assemble(launch, user_namespace, disk, authority)?;
+    rustix::process::chdir("root").step("enter the root")?;
+    devices::mount(launch.root.uid_base, authority).step("mount /dev")?;
+    kernel_files::mount()?;
+    make_root()
+}
+
+/// Makes the current directory, which is a mount, `/`.
+pub(in crate::oci) fn make_root() -> Result<(), Failure> {
+    rustix::process::pivot_root(".", ".").step("change the root")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the host's root")?;
+    rustix::process::chdir("/").step("enter the root")
+}
+
+/// Builds the files of the tree at `root` in the scratch directory, which is
+/// the current one then. What the kernel shows of itself is still missing.
+pub(in crate::oci) fn assemble(
+    launch: &LaunchPlan,
+    user_namespace: BorrowedFd<'_>,
+    disk: Option<OwnedFd>,
+    authority: &Authority,
+) -> Result<(), Failure> {
     let plan = &launch.root;
     mounts::separate_from_host().step("separate mounts from the host")?;
-    let scratch = mounts::detached_tmpfs(&[("mode", "0700".into()), ("size", "1m".into())]).step("mount scratch")?;
+    // Whoever runs the sandbox's root may pass through, but not look around.
+    let scratch = mounts::detached_tmpfs(&[("mode", "0711".into()), ("size", "1m".into())]).step("mount scratch")?;
     let scratch_path = plan.scratch.to_str().ok_or_else(|| not_text(&plan.scratch))?;
     mounts::attach(scratch.as_fd(), scratch_path).step("mount scratch")?;
     rustix::process::chdir(scratch_path).step("enter scratch")?;
@@ -65,12 +88,7 @@ pub(super) fn build(
         show_host(host).step("show the host's programs")?;
         give_away(host, authority).step("give homes to their users")?;
     }
-    rustix::process::chdir("root").step("enter the root")?;
-    devices::mount(plan.uid_base, authority).step("mount /dev")?;
-    kernel_files::mount()?;
-    rustix::process::pivot_root(".", ".").step("change the root")?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the host's root")?;
-    rustix::process::chdir("/").step("enter the root")
+    Ok(())
 }
 
 /// Puts the writable file system at [`DISK`]. Whatever it is, it gets a mount

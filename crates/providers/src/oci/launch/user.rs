@@ -15,7 +15,7 @@ use crate::oci::spawner::protocol::{Failure, FailureKind, LaunchPlan, Step};
 const MAX_PASSWD_BYTES: u64 = 1 << 20;
 
 /// Hands `/workspace` to the sandbox's user and makes the working directory.
-pub(super) fn prepare_workspace(plan: &LaunchPlan, authority: &Authority) -> Result<(), Failure> {
+pub(in crate::oci) fn prepare_workspace(plan: &LaunchPlan, authority: &Authority) -> Result<(), Failure> {
     if let Some(user) = plan.user.as_deref().filter(|user| !user.is_empty()) {
         let (uid, gid) = resolve(user).ok_or_else(|| Failure {
             kind: FailureKind::UnknownUser,

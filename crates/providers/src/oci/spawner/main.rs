@@ -15,11 +15,14 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Pid;
 
 use super::packet;
-use super::protocol::{Done, Failure, Identity, Job, LaunchPlan, MAX_MESSAGE_BYTES, Reply, Request, Step};
+use super::protocol::{
+    Done, Failure, Identity, Job, LaunchPlan, MAX_MESSAGE_BYTES, Reply, Request, RuntimePlan, Step,
+};
+use crate::oci::external::{self, Container};
 use crate::oci::launch::{self, Common, LaunchFds};
 use crate::oci::rootless::{self, Authority};
 use crate::oci::sys::{self, Forked};
-use crate::oci::{process, seccomp, trash};
+use crate::oci::{process, seccomp, state, trash};
 
 /// How often to ask the kernel to seal the agent's file.
 const SEAL_ATTEMPTS: u32 = 20;
@@ -108,6 +111,9 @@ enum Outcome {
         pidfd: OwnedFd,
         identity: Identity,
     },
+    /// The child says who the init is.
+    LaunchWith,
+    Forget,
     Trash,
 }
 
@@ -143,6 +149,8 @@ impl Spawner {
             }
             Job::Pair { uid_base } => start_pair(id, uid_base, &self.common.authority),
             Job::Launch(plan) => self.start_launch(id, &plan, fds),
+            Job::LaunchWith(plan, runtime) => self.start_launch_with(id, &plan, &runtime, fds),
+            Job::Forget(container) => start_forgetting(id, &container),
             Job::EmptyTrash { trash } => start_emptying(id, &trash),
         };
         match started {
@@ -170,7 +178,7 @@ impl Spawner {
                 // From here on an early return closes the gate, and the child
                 // ends itself.
                 let identity = process::identify(pid).step("identify the sandbox's init")?;
-                note(&plan.identity_file, &identity).step("note the sandbox's init")?;
+                state::note(&plan.identity_file, &identity).step("note the sandbox's init")?;
                 std::fs::File::from(gate).write_all(&[1]).step("release the sandbox's init")?;
                 Ok(Pending {
                     id,
@@ -178,6 +186,30 @@ impl Spawner {
                     said: Vec::new(),
                     outcome: Outcome::Launch { pidfd, identity },
                 })
+            }
+        }
+    }
+
+    fn start_launch_with(
+        &self,
+        id: u64,
+        plan: &LaunchPlan,
+        runtime: &RuntimePlan,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Pending, Failure> {
+        const STEP: &str = "start";
+        let fds = LaunchFds::sort(plan, fds).ok_or_else(|| Failure::system(STEP, &"descriptors are missing"))?;
+        // A runtime leaves its sandbox an orphan. Those of ours become children
+        // of this process, which the kernel reaps.
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).step(STEP)?;
+        let (status, status_of_child) = pipe().step(STEP)?;
+        match sys::fork_into(0, None).step("fork")? {
+            Forked::Child => {
+                drop(status);
+                external::launch(plan, runtime, fds, &self.common, status_of_child)
+            }
+            Forked::Parent { .. } => {
+                Ok(Pending { id, status: status.into(), said: Vec::new(), outcome: Outcome::LaunchWith })
             }
         }
     }
@@ -206,9 +238,11 @@ impl Spawner {
 impl Pending {
     fn finish(self) -> Result<(Done, Vec<OwnedFd>), Failure> {
         let said = match (self.said.strip_prefix(&[launch::READY]), &self.outcome) {
-            (Some([]), Outcome::Pair { .. } | Outcome::Launch { .. }) => &[],
-            (Some(text), Outcome::Trash) => text,
-            (Some(text), Outcome::Pair { .. } | Outcome::Launch { .. }) => return Err(failure_from(text)),
+            (Some([]), Outcome::Pair { .. } | Outcome::Launch { .. } | Outcome::Forget) => &[],
+            (Some(text), Outcome::Trash | Outcome::LaunchWith) => text,
+            (Some(text), Outcome::Pair { .. } | Outcome::Launch { .. } | Outcome::Forget) => {
+                return Err(failure_from(text));
+            }
             (None, _) => return Err(failure_from(&self.said)),
         };
         match self.outcome {
@@ -217,6 +251,14 @@ impl Pending {
                 Ok((Done::TrashEmptied(trees), Vec::new()))
             }
             Outcome::Launch { pidfd, identity } => Ok((Done::Launched(identity), vec![pidfd])),
+            Outcome::LaunchWith => {
+                const STEP: &str = "find the sandbox's init";
+                let identity: Identity = serde_json::from_slice(said).step(STEP)?;
+                let pidfd = process::open(&identity).step(STEP)?;
+                let pidfd = pidfd.ok_or_else(|| Failure::system(STEP, &"it has ended already"))?;
+                Ok((Done::Launched(identity), vec![pidfd]))
+            }
+            Outcome::Forget => Ok((Done::Forgotten, Vec::new())),
             Outcome::Pair { pid, user, gate } => {
                 let network = open_namespace(pid, "net").step("open a network namespace")?;
                 drop(gate);
@@ -287,10 +329,28 @@ fn start_emptying(id: u64, directory: &Path) -> Result<Pending, Failure> {
     }
 }
 
+/// Has a runtime delete what it remembers, in a child of its own.
+fn start_forgetting(id: u64, container: &Container) -> Result<Pending, Failure> {
+    const STEP: &str = "delete the container";
+    let (status, status_of_child) = pipe().step(STEP)?;
+    match sys::fork_into(0, None).step(STEP)? {
+        Forked::Child => {
+            drop(status);
+            let said = match external::forget(container) {
+                Ok(()) => vec![launch::READY],
+                Err(failure) => serde_json::to_vec(&failure).unwrap_or_default(),
+            };
+            let _ = std::fs::File::from(status_of_child).write_all(&said);
+            sys::exit_now(0)
+        }
+        Forked::Parent { .. } => Ok(Pending { id, status: status.into(), said: Vec::new(), outcome: Outcome::Forget }),
+    }
+}
+
 /// The agent as a file in memory that nobody can change any more; all
 /// sandboxes share its pages.
 fn seal(agent: &[u8]) -> io::Result<OwnedFd> {
-    let name = "stacyvm-agent";
+    let name = launch::PROGRAM;
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memfd = match rustix::fs::memfd_create(name, flags | MemfdFlags::EXEC) {
         // Kernels before 6.3 know no such flag and need none.
@@ -331,13 +391,6 @@ fn open_dir(path: &Path) -> io::Result<OwnedFd> {
 
 fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
-}
-
-/// Writes the identity whole or not at all.
-fn note(path: &Path, identity: &Identity) -> io::Result<()> {
-    let fresh = path.with_extension("new");
-    std::fs::write(&fresh, serde_json::to_vec(identity)?)?;
-    std::fs::rename(&fresh, path)
 }
 
 const _: () = assert!(MAX_STATUS_BYTES < MAX_MESSAGE_BYTES as u64);

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::oci::external::Container;
 use crate::oci::rootless::Authority;
 
 /// Longest message in bytes: 128 layers with long paths fit many times.
@@ -31,6 +32,11 @@ pub(in crate::oci) enum Job {
     /// namespace, network namespace and, for [`DiskPlan::Mounted`], the mount.
     /// The reply carries a pidfd of its init.
     Launch(Box<LaunchPlan>),
+    /// Have another program start a sandbox. Descriptors and reply are those of
+    /// `Launch`.
+    LaunchWith(Box<LaunchPlan>, Box<RuntimePlan>),
+    /// Have that program delete what it remembers of a sandbox.
+    Forget(Container),
     /// Say on whose rights sandboxes are made.
     Authority,
     /// Remove everything in this directory, whoever owns it.
@@ -51,6 +57,25 @@ pub(in crate::oci) struct LaunchPlan {
     pub(in crate::oci) user: Option<String>,
     /// Made if the image lacks it.
     pub(in crate::oci) workdir: Option<String>,
+}
+
+/// What another program is told beyond that.
+#[derive(Debug, Serialize, Deserialize)]
+pub(in crate::oci) struct RuntimePlan {
+    pub(in crate::oci) container: Container,
+    /// The sandbox's group, the same in every hierarchy.
+    pub(in crate::oci) cgroups_path: PathBuf,
+    pub(in crate::oci) limits: BundleLimits,
+}
+
+/// Limits that this host holds.
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+pub(in crate::oci) struct BundleLimits {
+    pub(in crate::oci) memory_bytes: Option<u64>,
+    pub(in crate::oci) no_swap: bool,
+    /// Microseconds of processor time in each period of so many.
+    pub(in crate::oci) cpu: Option<(u64, u64)>,
+    pub(in crate::oci) pids: Option<u64>,
 }
 
 /// What the sandbox sees as `/`.
@@ -116,6 +141,7 @@ pub(in crate::oci) enum Done {
         spawner: u32,
     },
     Launched(Identity),
+    Forgotten,
     Authority(Authority),
     /// How many trees there were.
     TrashEmptied(usize),
