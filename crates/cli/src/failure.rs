@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use stacyvm_api::ErrorCode;
 use stacyvm_client::ClientError;
 use stacyvm_image::ImageError;
+use stacyvm_sandbox::ProviderError;
 
 /// Something did not work.
 const FAILED: u8 = 1;
@@ -97,6 +98,9 @@ fn hint(error: &anyhow::Error) -> Option<String> {
     if let Some(image) = error.chain().find_map(|cause| cause.downcast_ref::<ImageError>()) {
         let unreachable = matches!(image, ImageError::RegistryUnavailable { .. });
         return if unreachable { Some(NO_REGISTRY.to_owned()) } else { image.hint() };
+    }
+    if let Some(ProviderError::Unavailable { hint, .. }) = error.chain().find_map(|cause| cause.downcast_ref()) {
+        return hint.clone();
     }
     let client = client_error(error)?;
     // The server speaks of headers and fields; here there are options.

@@ -170,6 +170,9 @@ config! {
     oci: Oci in "providers.oci." {
         /// Containers started by this program itself: no daemon.
         enabled: bool = "true",
+        /// What starts sandboxes: `builtin` (this program), or an OCI runtime of the host such as `crun` or `runc`, as a
+        /// name found on `PATH` or an absolute path. Sandboxes that run keep the one that started them.
+        runtime: String = "builtin",
         /// Whether sandboxes can have the network `bridge`. Without it, and for an ordinary user, there is only `none`.
         bridge: bool = "true",
         /// Sandboxes with a network that are prepared ahead, so that a creation need not wait.

@@ -7,5 +7,6 @@ mod docs;
 mod hostile;
 mod leaks;
 mod restart;
+mod runtimes;
 mod serve;
 mod support;

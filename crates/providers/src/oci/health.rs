@@ -66,7 +66,8 @@ async fn launcher(runtime: &Runtime, report: &mut HealthReport) {
     };
     match binary.check().await {
         Ok(now) => {
-            report.ok(NAME, format!("sandboxes are started by {} {} ({})", now.name, now.version, now.program.display()));
+            report
+                .ok(NAME, format!("sandboxes are started by {} {} ({})", now.name, now.version, now.program.display()));
         }
         Err(refusal) => report.fail(NAME, chain(&refusal), refusal.fix()),
     }

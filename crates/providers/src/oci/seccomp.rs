@@ -33,7 +33,8 @@ pub(super) const NAMESPACE_FLAGS: u64 = 0x7e02_0000;
 
 /// Socket families a sandbox may use. Others load kernel modules that hardly
 /// anybody has looked at, or (`AF_VSOCK`) ignore network namespaces.
-pub(super) const SOCKET_FAMILIES: [i32; 5] = [libc::AF_UNSPEC, libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+pub(super) const SOCKET_FAMILIES: [i32; 5] =
+    [libc::AF_UNSPEC, libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 
 /// `personality` values Docker lets through: PER_LINUX, PER_LINUX32,
 /// UNAME26, both, and asking for the current one.

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use stacyvm_api::FindingLevel;
 use stacyvm_image::ImageStore;
 use stacyvm_providers::mock::MockProvider;
-use stacyvm_providers::oci::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciProvider};
+use stacyvm_providers::oci::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciProvider, OciRuntime};
 use stacyvm_sandbox::Provider;
 
 use super::options::image_store;
@@ -121,6 +121,7 @@ fn oci(config: &Config, data_dir: &Path, environment: &Environment) -> OciOption
     // Devices and rules of the host's network are root's.
     let bridge = settings.bridge && rustix::process::geteuid().is_root();
     OciOptions {
+        runtime: oci_runtime(&settings.runtime, environment),
         run_dir: settings.run_dir.clone().unwrap_or_else(|| default_run_dir(data_dir, environment)),
         host_image: HostImageOptions { include: settings.host_include.iter().map(PathBuf::from).collect() },
         cgroup_parent: settings.cgroup_parent.clone(),
@@ -132,5 +133,15 @@ fn oci(config: &Config, data_dir: &Path, environment: &Environment) -> OciOption
         },
         bridge: bridge.then_some(BridgeOptions { prepared: settings.prepared_bridge, ..BridgeOptions::default() }),
         ..OciOptions::new(data_dir)
+    }
+}
+
+fn oci_runtime(wanted: &str, environment: &Environment) -> OciRuntime {
+    match wanted.trim() {
+        "" | "builtin" => OciRuntime::Builtin,
+        name => OciRuntime::Program {
+            name: name.to_owned(),
+            search: environment.get("PATH").unwrap_or_default().to_owned(),
+        },
     }
 }

@@ -15,9 +15,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Pid;
 
 use super::packet;
-use super::protocol::{
-    Done, Failure, Identity, Job, LaunchPlan, MAX_MESSAGE_BYTES, Reply, Request, RuntimePlan, Step,
-};
+use super::protocol::{Done, Failure, Identity, Job, LaunchPlan, MAX_MESSAGE_BYTES, Reply, Request, RuntimePlan, Step};
 use crate::oci::external::{self, Container};
 use crate::oci::launch::{self, Common, LaunchFds};
 use crate::oci::rootless::{self, Authority};
