@@ -173,6 +173,8 @@ pub struct ListedProcess {
     pub argv: Vec<String>,
     /// `None` while it runs.
     pub exit: Option<Exit>,
+    /// Whether its input is that of a terminal.
+    pub terminal: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

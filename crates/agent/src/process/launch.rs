@@ -59,12 +59,9 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
     });
     let supervisor = plan.launch().map_err(|error| out_of("start a process", error))?;
     let reports = UnixStream::from_std(reports).map_err(|error| out_of("watch a socket", error))?;
-    let pid = match read_report(&reports).await {
-        Some(Report::Started { pid }) => pid,
-        Some(Report::Refused { step, errno }) => return Err(refusal(program, &workdir, step, errno)),
-        Some(Report::Ended { .. }) | None => {
-            return Err(Failure::Internal("the command's supervisor ended at once".to_owned()));
-        }
+    let pid = match started(&reports).await {
+        Ok(pid) => pid.unwrap_or(supervisor),
+        Err((step, errno)) => return Err(refusal(program, &workdir, step, errno)),
     };
 
     let watched = |fd| watch_descriptor(fd).map_err(|error| out_of("watch a pipe", error));
@@ -96,6 +93,23 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
         phase_changed: Notify::new(),
     };
     Ok(Launched { process, pipes })
+}
+
+/// Waits until the program runs, or learns what prevented it.
+///
+/// Whoever may (`kill -9 -1`) can kill the supervisor before it says so. Then
+/// the command has started as far as its own side told, and ends as one that was
+/// killed; `None` if it was killed before its program ran.
+async fn started(reports: &UnixStream) -> Result<Option<i32>, (Step, i32)> {
+    let mut starting = None;
+    loop {
+        match read_report(reports).await {
+            Some(Report::Starting { pid }) => starting = Some(pid),
+            Some(Report::Started { pid }) => return Ok(Some(pid)),
+            Some(Report::Refused { step, errno }) => return Err((step, errno)),
+            Some(Report::Ended { .. }) | None => return Ok(starting),
+        }
+    }
 }
 
 /// The agent's ends, not blocking.
@@ -232,6 +246,25 @@ mod tests {
         assert_eq!(found, [c"/a/ls".to_owned(), c"./ls".to_owned(), c"/b/ls".to_owned()]);
         assert_eq!(candidates("./x", "/a").expect("a path"), [c"./x".to_owned()]);
         assert!(matches!(candidates("a\0b", "/a"), Err(Failure::InvalidArgument(_))));
+    }
+
+    #[tokio::test]
+    async fn a_supervisor_that_is_killed_does_not_hide_what_started() {
+        use tokio::io::AsyncWriteExt as _;
+        let (refused, killed) = (Report::Refused { step: Step::Exec, errno: libc::ENOENT }, None);
+        for (reports, expected) in [
+            (vec![Report::Starting { pid: 7 }, Report::Started { pid: 7 }], Ok(Some(7))),
+            (vec![Report::Starting { pid: 7 }], Ok(Some(7))),
+            (vec![Report::Starting { pid: 7 }, refused], Err((Step::Exec, libc::ENOENT))),
+            (vec![], Ok(killed)),
+        ] {
+            let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+            for report in &reports {
+                theirs.write_all(&report.encode()).await.expect("sent");
+            }
+            drop(theirs);
+            assert_eq!(started(&ours).await, expected, "{reports:?}");
+        }
     }
 
     #[test]

@@ -244,6 +244,10 @@ impl Process {
         lock(&self.state).exit.map(|(exit, _)| exit)
     }
 
+    pub(crate) fn has_terminal(&self) -> bool {
+        self.terminal.is_some()
+    }
+
     /// Offset after the last byte so far.
     pub(crate) fn output_end(&self) -> u64 {
         lock(&self.state).output.end()

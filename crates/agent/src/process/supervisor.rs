@@ -45,6 +45,11 @@ const MAX_CLOSED_FD: c_int = 65_536;
 /// What the supervisor says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Report {
+    /// By the command's side, right before its program runs: from then on it can
+    /// kill the supervisor before that says anything.
+    Starting {
+        pid: i32,
+    },
     Started {
         pid: i32,
     },
@@ -78,15 +83,17 @@ impl Report {
             1 => Self::Started { pid: first },
             2 => Self::Refused { step: Step::from_code(first)?, errno: second },
             3 => Self::Ended { status: first },
+            4 => Self::Starting { pid: first },
             _ => return None,
         })
     }
 
-    fn encode(self) -> [u8; REPORT_BYTES] {
+    pub(super) fn encode(self) -> [u8; REPORT_BYTES] {
         let (kind, first, second) = match self {
             Self::Started { pid } => (1, pid, 0),
             Self::Refused { step, errno } => (2, step as i32, errno),
             Self::Ended { status } => (3, status, 0),
+            Self::Starting { pid } => (4, pid, 0),
         };
         let mut bytes = [0; REPORT_BYTES];
         bytes[..4].copy_from_slice(&i32::to_ne_bytes(kind));
@@ -262,9 +269,9 @@ unsafe fn supervise(plan: &mut Plan) -> ! {
 
 unsafe fn send(report: Report) {
     let bytes = report.encode();
-    // SAFETY: writes a local array; SIGPIPE is blocked here.
+    // SAFETY: sends a local array; without SIGPIPE if the agent is gone.
     unsafe {
-        libc::write(REPORT_FD, bytes.as_ptr().cast::<c_void>(), bytes.len());
+        libc::send(REPORT_FD, bytes.as_ptr().cast::<c_void>(), bytes.len(), libc::MSG_NOSIGNAL);
     }
 }
 
@@ -305,6 +312,7 @@ unsafe fn become_command(plan: &Plan) -> (Step, c_int) {
         if libc::chdir(plan.workdir.as_ptr()) < 0 {
             return (Step::Workdir, errno());
         }
+        send(Report::Starting { pid: libc::getpid() });
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
@@ -369,6 +377,7 @@ mod tests {
     #[test]
     fn reports_survive_the_wire() {
         for report in [
+            Report::Starting { pid: 42 },
             Report::Started { pid: 42 },
             Report::Refused { step: Step::Workdir, errno: libc::ENOENT },
             Report::Ended { status: 0x0b00 },

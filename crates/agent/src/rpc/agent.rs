@@ -75,6 +75,7 @@ impl wire::Agent for Rpc {
             tag: process.tag.clone(),
             argv: process.argv.clone(),
             exit: process.exit().map(exit).into(),
+            terminal: process.has_terminal(),
         });
         Response::ok(wire::ListResponse { processes: processes.collect() })
     }

@@ -311,8 +311,8 @@ impl Shared {
             exec_id,
             text: crate::shared::cut(&process.argv.join(" ")),
             pid: process.pid,
-            // Neither is known; the agent holds the deadline.
-            terminal: false,
+            terminal: process.terminal,
+            // Not known; the agent holds it.
             deadline: None,
             started_at: self.now(),
             started: None,

@@ -7,6 +7,7 @@ use futures_util::StreamExt as _;
 use stacyvm_api::{CreateRequest, EventKind, ListQuery, ProcessStatus, SandboxState, Template};
 use stacyvm_engine::{CreateOptions, Engine, ExecEvent, StartOptions, UnknownSandboxes};
 use stacyvm_providers::mock::{Fault, MockOperation, Times};
+use stacyvm_sandbox::TerminalSize;
 
 use crate::harness::{
     Host, PATIENCE, caller, create, create_with, data, event_of, eventually, of_owner, run, sh, state,
@@ -85,7 +86,9 @@ async fn commands_that_began_in_the_last_moment_are_taken_up_too() {
     let open = StartOptions { keep_stdin_open: true, ..StartOptions::default() };
     let running = engine.start_exec(&caller(), &sandbox.id, sh("echo begun; read X; echo got $X"), open).await.unwrap();
     let ended = engine.start_exec(&caller(), &sandbox.id, sh("exit 4"), StartOptions::default()).await.unwrap();
-    let (running, ended) = (running.exec_id.clone(), ended.exec_id.clone());
+    let on_terminal = StartOptions { terminal: Some(TerminalSize { cols: 80, rows: 24 }), ..open };
+    let asking = engine.start_exec(&caller(), &sandbox.id, sh("read X; echo got $X"), on_terminal).await.unwrap();
+    let (running, ended, asking) = (running.exec_id.clone(), ended.exec_id.clone(), asking.exec_id.clone());
     engine.crash();
     drop(engine);
 
@@ -103,6 +106,18 @@ async fn commands_that_began_in_the_last_moment_are_taken_up_too() {
         }
     }
     assert_eq!(output, b"begun\ngot there\n");
+
+    // What is typed on a terminal shows there.
+    engine.send_input(&caller(), &sandbox.id, &asking, "typed\n".into()).await.unwrap();
+    let mut attached = engine.attach_exec(&caller(), &sandbox.id, &asking, 0).await.unwrap();
+    let mut shown = Vec::new();
+    while let Some(event) = attached.stream.next().await {
+        if let ExecEvent::Output { data, .. } = event.unwrap() {
+            shown.extend_from_slice(&data);
+        }
+    }
+    let shown = String::from_utf8(shown).unwrap();
+    assert!(shown.starts_with("typed\r\n") && shown.contains("got typed"), "{shown:?}");
     engine.destroy(&caller(), &sandbox.id).await.unwrap();
     host.assert_empty().await;
 }

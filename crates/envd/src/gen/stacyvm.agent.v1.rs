@@ -2460,6 +2460,15 @@ pub struct ListedProcess {
         skip_serializing_if = "::buffa::json_helpers::skip_if::is_unset_message_field"
     )]
     pub exit: ::buffa::MessageField<Exit, ::buffa::Inline<Exit>>,
+    /// Whether its input is that of a terminal.
+    ///
+    /// Field 5: `terminal`
+    #[serde(
+        rename = "terminal",
+        with = "::buffa::json_helpers::proto_bool",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_false"
+    )]
+    pub terminal: bool,
 }
 impl ::core::fmt::Debug for ListedProcess {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -2468,6 +2477,7 @@ impl ::core::fmt::Debug for ListedProcess {
             .field("tag", &self.tag)
             .field("argv", &self.argv)
             .field("exit", &self.exit)
+            .field("terminal", &self.terminal)
             .finish()
     }
 }
@@ -2524,6 +2534,9 @@ impl ::buffa::Message for ListedProcess {
                 += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
                     + inner_size as u64;
         }
+        if self.terminal {
+            size += 1u64 + ::buffa::types::BOOL_ENCODED_LEN as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -2549,6 +2562,9 @@ impl ::buffa::Message for ListedProcess {
                 buf,
             );
             self.exit.write_to(__cache, buf);
+        }
+        if self.terminal {
+            ::buffa::types::put_bool_field(5u32, self.terminal, buf);
         }
     }
     fn merge_field(
@@ -2601,6 +2617,13 @@ impl ::buffa::Message for ListedProcess {
                     ctx,
                 )?;
             }
+            5u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.terminal = ::buffa::types::decode_bool(buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -2612,6 +2635,7 @@ impl ::buffa::Message for ListedProcess {
         self.tag = ::core::option::Option::None;
         self.argv.clear();
         self.exit = ::buffa::MessageField::none();
+        self.terminal = false;
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for ListedProcess {
@@ -8280,6 +8304,10 @@ pub mod __buffa {
             pub exit: ::buffa::MessageFieldView<
                 super::super::__buffa::view::ExitView<'a>,
             >,
+            /// Whether its input is that of a terminal.
+            ///
+            /// Field 5: `terminal`
+            pub terminal: bool,
         }
         impl<'a> ::buffa::MessageView<'a> for ListedProcessView<'a> {
             type Owned = super::super::ListedProcess;
@@ -8356,6 +8384,13 @@ pub mod __buffa {
                             }
                         }
                     }
+                    5u32 => {
+                        ::buffa::encoding::check_wire_type(
+                            tag,
+                            ::buffa::encoding::WireType::Varint,
+                        )?;
+                        view.terminal = ::buffa::types::decode_bool(&mut cur)?;
+                    }
                     3u32 => {
                         ::buffa::encoding::check_wire_type(
                             tag,
@@ -8405,6 +8440,7 @@ pub mod __buffa {
                         }
                         None => ::buffa::MessageField::none(),
                     },
+                    terminal: self.terminal,
                     ..::core::default::Default::default()
                 })
             }
@@ -8432,6 +8468,9 @@ pub mod __buffa {
                         += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
                             + inner_size as u64;
                 }
+                if self.terminal {
+                    size += 1u64 + ::buffa::types::BOOL_ENCODED_LEN as u64;
+                }
                 ::buffa::saturate_size(size)
             }
             #[allow(clippy::needless_borrow)]
@@ -8458,6 +8497,9 @@ pub mod __buffa {
                         buf,
                     );
                     self.exit.write_to(__cache, buf);
+                }
+                if self.terminal {
+                    ::buffa::types::put_bool_field(5u32, self.terminal, buf);
                 }
             }
         }
@@ -8496,6 +8538,9 @@ pub mod __buffa {
                     if let ::core::option::Option::Some(__v) = self.exit.as_option() {
                         __map.serialize_entry("exit", __v)?;
                     }
+                }
+                if self.terminal {
+                    __map.serialize_entry("terminal", &self.terminal)?;
                 }
                 __map.end()
             }
@@ -8613,6 +8658,13 @@ pub mod __buffa {
                 &self,
             ) -> &::buffa::MessageFieldView<super::super::__buffa::view::ExitView<'_>> {
                 &self.0.reborrow().exit
+            }
+            /// Whether its input is that of a terminal.
+            ///
+            /// Field 5: `terminal`
+            #[must_use]
+            pub fn terminal(&self) -> bool {
+                self.0.reborrow().terminal
             }
         }
         impl ::core::convert::From<::buffa::OwnedView<ListedProcessView<'static>>>

@@ -188,6 +188,7 @@ impl Session for MockSession {
                     tag: process.tag.clone(),
                     argv: process.argv.clone(),
                     exit: process.exit(),
+                    terminal: process.terminal,
                 })
                 .collect())
         };

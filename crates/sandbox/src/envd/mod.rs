@@ -147,6 +147,7 @@ impl Session for EnvdSession {
                 tag: process.tag,
                 argv: process.argv,
                 exit: process.exit.as_option().map(events::exit),
+                terminal: process.terminal,
             })
             .collect())
     }

@@ -153,12 +153,10 @@ async fn the_first_process_cannot_be_killed_from_inside() {
     }
     assert_eq!(output(&attack.guest, "echo alive").await, "alive");
     // Everything there is, the agent's helpers and the killer included.
-    for _ in 0..3 {
-        match attack.guest.exec(&script("kill -9 -1; echo survived")).await {
-            Ok(killed) => assert!(matches!(killed.exit_code, 0 | 137), "{killed:?}"),
-            // It was quicker than the helper that was to say that it runs.
-            Err(error) => assert_eq!(error.code(), Some(ErrorCode::InternalError), "{error:?}"),
-        }
+    for _ in 0..100 {
+        // It may be quicker than the helper that is to say that it runs.
+        let killed = attack.guest.exec(&script("kill -9 -1; echo survived")).await.expect("a result");
+        assert!(matches!(killed.exit_code, 0 | 137), "{killed:?}");
     }
     let alive = eventually("commands run again", async || {
         let result = attack.guest.exec(&script("echo alive")).await.ok()?;

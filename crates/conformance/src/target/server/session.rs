@@ -109,7 +109,8 @@ impl Session for ServerSession {
                 ProcessStatus::Exited | ProcessStatus::Lost => Some(Exit { code, signal: None, timed_out: false }),
                 ProcessStatus::TimedOut => Some(Exit { code, signal: None, timed_out: true }),
             };
-            Some(ListedProcess { pid: entry.pid?, tag: None, argv: vec![entry.command], exit })
+            // The API's list does not tell; nothing here asks.
+            Some(ListedProcess { pid: entry.pid?, tag: None, argv: vec![entry.command], exit, terminal: false })
         });
         Ok(listed.collect())
     }
