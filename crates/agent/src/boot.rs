@@ -15,6 +15,7 @@ use stacyvm_envd::BootConfig;
 use stacyvm_envd::boot::{BOOT_FD, LISTENER_FD, MAX_BOOT_BYTES};
 use tokio::net::UnixListener;
 
+use crate::serve::Peers;
 use crate::{Sandbox, lifecycle, serve};
 
 /// Threads for calls that block. They count against the sandbox's process limit
@@ -39,12 +40,18 @@ pub(crate) fn harden() {
     }
 }
 
-/// Reads the configuration and serves until the sandbox ends.
+/// Reads the configuration and serves on an inherited socket until the sandbox
+/// ends.
 pub(crate) fn serve() -> io::Result<()> {
     close_other_descriptors()?;
     fill_standard_descriptors()?;
     let listener = inherited_listener()?;
-    let config = read_config()?;
+    run(read_config()?, listener, Peers::Anybody)
+}
+
+/// Serves until the sandbox ends.
+pub(crate) fn run(config: BootConfig, listener: StdUnixListener, peers: Peers) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
     let open_files = raise_open_files();
     become_reaper();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -58,7 +65,7 @@ pub(crate) fn serve() -> io::Result<()> {
         tokio::task::spawn_blocking(|| ()).await.map_err(io::Error::other)?;
         let listener = UnixListener::from_std(listener)?;
         tokio::select! {
-            result = serve::accept(listener, Arc::clone(&sandbox)) => result,
+            result = serve::accept(listener, peers, Arc::clone(&sandbox)) => result,
             result = lifecycle::until_ended(sandbox) => result,
         }
     })
@@ -94,9 +101,7 @@ fn inherited_listener() -> io::Result<StdUnixListener> {
     let fd = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
         .map_err(|error| io::Error::other(format!("no listening socket on descriptor {LISTENER_FD}: {error}")))?;
-    let listener = StdUnixListener::from(fd);
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    Ok(StdUnixListener::from(fd))
 }
 
 fn read_config() -> io::Result<BootConfig> {
@@ -106,10 +111,14 @@ fn read_config() -> io::Result<BootConfig> {
     file.take(MAX_BOOT_BYTES as u64 + 1)
         .read_to_end(&mut json)
         .map_err(|error| io::Error::other(format!("no boot configuration on descriptor {BOOT_FD}: {error}")))?;
+    parse(&json)
+}
+
+pub(crate) fn parse(json: &[u8]) -> io::Result<BootConfig> {
     if json.len() > MAX_BOOT_BYTES {
         return Err(io::Error::other("the boot configuration is too long"));
     }
-    let config: BootConfig = serde_json::from_slice(&json)
+    let config: BootConfig = serde_json::from_slice(json)
         .map_err(|error| io::Error::other(format!("the boot configuration is not understood: {error}")))?;
     if config.token.is_empty() {
         return Err(io::Error::other("the boot configuration has no token"));

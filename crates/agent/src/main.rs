@@ -5,7 +5,9 @@
 //! is also the sandbox's init. It needs nothing of the image, neither a C
 //! library nor a shell, and trusts nothing of it.
 //!
-//! - `boot`: from the launcher's configuration to a running server.
+//! - `boot`: from the launcher's configuration to a running server; `init`: the
+//!   same as the first program of somebody else's container; `kernel`: what
+//!   both run on.
 //! - `serve`: connections, the token, routes.
 //! - `rpc`: the Connect services; `web`: the plain HTTP part.
 //! - `process`, `files`, `net`, `console`: what they offer.
@@ -17,6 +19,8 @@ mod console;
 mod descriptor;
 mod failure;
 mod files;
+mod init;
+mod kernel;
 mod lifecycle;
 mod net;
 mod process;
@@ -31,7 +35,7 @@ use std::process::ExitCode;
 use crate::failure::Failure;
 use crate::sandbox::Sandbox;
 
-const USAGE: &str = "usage: stacyvm-agent serve | connect SOCKET | version";
+const USAGE: &str = "usage: stacyvm-agent serve | init SOCKET | connect SOCKET | version";
 
 fn main() -> ExitCode {
     boot::harden();
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments.as_slice() {
         ["serve"] => boot::serve(),
+        ["init", socket] => init::init(socket),
         ["connect", socket] => bridge::connect(socket),
         ["version"] => {
             println!("stacyvm-agent {} (envd {})", env!("CARGO_PKG_VERSION"), stacyvm_envd::ENVD_VERSION);

@@ -15,6 +15,9 @@ const MAX_TABLE_BYTES: u64 = 16 << 20;
 /// `TCP_LISTEN`.
 const LISTENING: &str = "0A";
 
+/// 127.0.0.11, where Docker answers for names on networks of its users.
+const DOCKER_RESOLVER: &str = "0B00007F";
+
 /// Which listeners are meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Listeners {
@@ -64,7 +67,10 @@ fn parse_listener(line: &str) -> Option<Listener> {
     if *fields.get(3)? != LISTENING {
         return None;
     }
-    let (_, port) = fields.get(1)?.rsplit_once(':')?;
+    let (address, port) = fields.get(1)?.rsplit_once(':')?;
+    if address == DOCKER_RESOLVER {
+        return None;
+    }
     Some(Listener { port: u16::from_str_radix(port, 16).ok()?, inode: fields.get(9)?.parse().ok()? })
 }
 
@@ -77,6 +83,7 @@ mod tests {
         let line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4711 1";
         assert_eq!(parse_listener(line), Some(Listener { port: 8080, inode: 4711 }));
         assert_eq!(parse_listener(&line.replace(" 0A ", " 01 ")), None);
+        assert_eq!(parse_listener(&line.replace("0100007F", "0B00007F")), None, "nobody of the sandbox's");
         assert_eq!(parse_listener("  sl  local_address rem_address   st"), None);
     }
 

@@ -25,6 +25,8 @@ pub(crate) struct Sandbox {
     pub expires_at_unix_ms: watch::Sender<i64>,
     /// What commands get back if the agent raised its own limit.
     pub open_files: Option<libc::rlimit>,
+    /// What commands may have at most.
+    pub capabilities: Option<u64>,
     settings: Mutex<Settings>,
     /// Opened once, so that an image without `/dev` works too.
     null: Option<OwnedFd>,
@@ -47,6 +49,7 @@ impl Sandbox {
             watchers: Watchers::default(),
             expires_at_unix_ms: watch::Sender::new(config.expires_at_unix_ms),
             open_files,
+            capabilities: config.capabilities,
             settings: Mutex::new(Settings {
                 token: config.token,
                 env: config.env,

@@ -44,20 +44,46 @@ const MAX_HEADER_BYTES: u32 = 64 << 10;
 /// After a failed accept (no descriptors left) before the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Who may connect at all, before anything is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Peers {
+    /// The socket itself is out of the guest's reach.
+    Anybody,
+    /// The socket lies in the guest's own tree. Whoever comes from outside (the
+    /// host, or a bridge that a runtime put into the container) has no parent
+    /// in this pid namespace; everything the guest can start has one.
+    FromOutside,
+}
+
+impl Peers {
+    fn admits(self, stream: &UnixStream) -> bool {
+        match self {
+            Self::Anybody => true,
+            Self::FromOutside => match stream.peer_cred().map(|peer| peer.pid()) {
+                // A process of another pid namespace has no number in ours.
+                Ok(None | Some(0)) => true,
+                Ok(Some(pid)) => crate::process::parent(pid) == Some(0),
+                Err(_) => false,
+            },
+        }
+    }
+}
+
 /// Serves until the listener fails for good.
-pub(crate) async fn accept(listener: UnixListener, sandbox: Arc<Sandbox>) -> io::Result<()> {
+pub(crate) async fn accept(listener: UnixListener, peers: Peers, sandbox: Arc<Sandbox>) -> io::Result<()> {
     let service = rpc::service(Arc::clone(&sandbox));
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return Ok(()) };
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, _)) if peers.admits(&stream) => {
                 let connection = connection(stream, Arc::clone(&sandbox), service.clone());
                 tokio::spawn(async move {
                     connection.await;
                     drop(permit);
                 });
             }
+            Ok(_) => {}
             Err(_) => sleep(ACCEPT_PAUSE).await,
         }
     }

@@ -45,6 +45,8 @@ pub enum Ability {
     Ports,
     /// Readings of memory and processes.
     Usage,
+    /// A sandbox that outlives a command that runs out of memory.
+    OutlivesOom,
 }
 
 impl fmt::Display for Ability {
@@ -57,6 +59,7 @@ impl fmt::Display for Ability {
             Self::Sockets => "dialing a unix socket inside",
             Self::Ports => "listing ports inside",
             Self::Usage => "reading resource usage",
+            Self::OutlivesOom => "outliving a command that runs out of memory",
         })
     }
 }

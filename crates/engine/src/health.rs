@@ -116,6 +116,7 @@ fn capabilities(provider: &dyn Provider) -> Vec<String> {
         ("survives_restart", offered.survives_restart),
         ("network", offered.network),
         ("pause", offered.pause),
+        ("oom_ends_sandbox", offered.oom_ends_sandbox),
     ];
     let extra = optional.into_iter().filter(|(_, offered)| *offered).map(|(name, _)| name);
     let family = std::iter::once(offered.family).filter(|family| !family.is_empty());

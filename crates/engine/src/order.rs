@@ -97,16 +97,20 @@ impl Shared {
             .or(defaults.disk_size_mb);
         let disk = request.disk.or(template.and_then(|template| template.disk));
         let allow_unenforced = request.allow_unenforced.or(template.and_then(|template| template.allow_unenforced));
+        let own = provider.defaults();
         let order = Order {
-            image: image_of(request, template, &defaults.image)?,
+            image: image_of(request, template, own.image.as_deref().unwrap_or(&defaults.image))?,
             memory_mb: positive(request.memory_mb)
                 .or_else(|| template.and_then(|template| positive(template.memory_mb)))
+                .or(own.memory_mib)
                 .unwrap_or(defaults.memory_mb),
             vcpus: processors(request.vcpus)?
                 .or(template.map(|template| processors(template.vcpus.or(template.cpu_cores))).transpose()?.flatten())
+                .or(own.vcpus)
                 .unwrap_or(defaults.vcpus),
             pids_limit: positive(request.pids_limit)
                 .or_else(|| template.and_then(|template| positive(template.pids_limit)))
+                .or(own.pids_limit)
                 .unwrap_or(defaults.pids_limit),
             disk_size_mb,
             disk: DiskRequest { size_mib: disk_size_mb, in_memory: disk == Some(Disk::Memory) },

@@ -2,7 +2,14 @@
 //!
 //! `stacyvm-agent serve` inherits a listening unix socket as file descriptor
 //! [`LISTENER_FD`] and reads a [`BootConfig`] as JSON from [`BOOT_FD`] (a pipe or
-//! a memfd) up to its end. Nothing of it is ever in argv or in the environment.
+//! a memfd) up to its end.
+//!
+//! `stacyvm-agent init SOCKET` is for runtimes that pass on no descriptors: it
+//! is the first program of a container, reads the same JSON as one line from
+//! standard input, listens on SOCKET and answers with a [`BootReply`], one line
+//! of JSON on standard output.
+//!
+//! Nothing of the configuration is ever in argv or in the environment.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -43,6 +50,43 @@ pub struct BootConfig {
     /// The sandbox sees the host's network, so that a port may belong to
     /// somebody else: only listeners of this sandbox's processes may be dialed.
     pub shares_host_network: bool,
+    /// Capabilities that commands may have at most, capability N as bit N. The
+    /// agent's own otherwise.
+    pub capabilities: Option<u64>,
+}
+
+/// What became of a start by `init`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BootReply {
+    /// The agent listens, and this is the kernel it runs on.
+    Ready(GuestKernel),
+    Refused {
+        reason: BootRefusal,
+        message: String,
+    },
+}
+
+/// Why there will be no sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BootRefusal {
+    /// The image does not know the user that commands shall run as.
+    UnknownUser,
+    /// The image is in the way of something every sandbox has.
+    Image,
+    System,
+}
+
+/// The kernel as programs in the sandbox see it. Read before any code of the
+/// image has run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestKernel {
+    /// `uname -r`.
+    pub release: String,
+    /// Its log begins with gVisor's banner.
+    pub is_gvisor: bool,
 }
 
 /// What the agent is to its sandbox.
@@ -67,6 +111,7 @@ impl Default for BootConfig {
             workdir: "/workspace".to_owned(),
             expires_at_unix_ms: 0,
             shares_host_network: false,
+            capabilities: None,
         }
     }
 }

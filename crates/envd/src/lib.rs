@@ -11,7 +11,7 @@
 pub mod boot;
 pub mod http;
 
-pub use boot::{BootConfig, Role};
+pub use boot::{BootConfig, BootRefusal, BootReply, GuestKernel, Role};
 
 /// The envd version whose features the agent truly has.
 pub const ENVD_VERSION: &str = "0.5.2";

@@ -24,5 +24,6 @@ pub use config::{ImageConfig, Platform};
 pub use digest::{Digest, InvalidDigest};
 pub use error::{Cause, ImageError};
 pub use reference::ImageReference;
+pub use registry::Credentials;
 pub use store::{DEFAULT_MAX_BYTES, GarbageReport, Image, ImageStore, ImageStoreOptions, ImageSummary, Lease};
 pub use unpack::{LayerForm, LayerNotes, UnpackLimits};

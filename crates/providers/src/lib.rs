@@ -1,4 +1,5 @@
 //! The runtimes StacyVM can put a sandbox on.
 
+pub mod docker;
 pub mod mock;
 pub mod oci;

@@ -20,8 +20,8 @@ pub use envd::EnvdSession;
 pub use error::{Cause, ProviderError, SessionError};
 pub use health::HealthReport;
 pub use provider::{
-    AgentChannel, AgentIo, Capabilities, Connection, Created, Progress, ProgressSink, Provider, ResourceUsage,
-    RuntimeSandbox, RuntimeState,
+    AgentChannel, AgentIo, Capabilities, Connection, Created, Progress, ProgressSink, Provider, ProviderDefaults,
+    ResourceUsage, RuntimeSandbox, RuntimeState,
 };
 pub use session::{
     AttachRequest, ByteStream, DialTarget, EntryKind, Exit, FileContent, FileEntry, ListedProcess, ProcessEvent,

@@ -29,6 +29,12 @@ pub trait Provider: Send + Sync + 'static {
         BTreeMap::new()
     }
 
+    /// What sandboxes on this runtime get that ask for nothing, before the
+    /// server's own defaults.
+    fn defaults(&self) -> ProviderDefaults {
+        ProviderDefaults::default()
+    }
+
     /// Looks at everything a sandbox needs, without side effects.
     async fn check(&self) -> HealthReport;
 
@@ -80,6 +86,15 @@ pub trait Provider: Send + Sync + 'static {
     }
 }
 
+/// Defaults of one runtime; `None` leaves it to the server's.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ProviderDefaults {
+    pub image: Option<String>,
+    pub memory_mib: Option<u64>,
+    pub vcpus: Option<f64>,
+    pub pids_limit: Option<u64>,
+}
+
 /// What a runtime can do beyond create, connect, destroy and list.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[expect(clippy::struct_excessive_bools, reason = "independent yes-or-no facts, always built by field name")]
@@ -95,6 +110,9 @@ pub struct Capabilities {
     /// An outgoing network.
     pub network: bool,
     pub pause: bool,
+    /// A command that uses up the memory takes its whole sandbox with it: the
+    /// kernel of the guest is itself a process that the limit counts.
+    pub oom_ends_sandbox: bool,
     /// Commands and images are imitated, not run. Only the fake in `mock` says
     /// so: the contract suite then leaves out what needs real programs, and
     /// keeps to `echo`, `printf`, `cat`, `sleep`, `pwd`, `exit`, `true`,

@@ -13,6 +13,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::time::{Instant, sleep};
 
+use super::mark::Mark;
+
 /// Passes before everything is stopped for the next one.
 const PASSES_BEFORE_FREEZE: u32 = 20;
 
@@ -26,14 +28,23 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 /// Table entries read before other work gets a turn.
 const ENTRIES_PER_TURN: usize = 128;
 
-/// Kills every descendant of `root`, not `root` itself, and returns when none is
-/// left. `may_freeze` is for PID 1 only: it stops every other process.
-pub(crate) async fn kill_descendants(root: i32, may_freeze: bool) {
+/// What a command has started, and how it is found.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tree {
+    /// All of it is below this process, which is not part of it.
+    pub root: i32,
+    /// Where the kernel does not keep it there: see [`super::mark`].
+    pub mark: Option<Mark>,
+}
+
+/// Kills a whole tree, without its root, and returns when nothing of it is left.
+/// `may_freeze` is for PID 1 only: it stops every other process.
+pub(crate) async fn kill_descendants(tree: Tree, may_freeze: bool) {
     let started = Instant::now();
     let mut pause = FIRST_PAUSE;
     for pass in 0u32.. {
         let freeze = may_freeze && pass > 0 && pass % PASSES_BEFORE_FREEZE == 0;
-        let killed = if freeze { frozen_pass(root) } else { pass_once(root).await };
+        let killed = if freeze { frozen_pass(tree) } else { pass_once(tree).await };
         if killed == 0 || started.elapsed() > GIVE_UP_AFTER {
             return;
         }
@@ -57,6 +68,12 @@ pub(crate) fn descendant_sockets() -> HashSet<u64> {
     sockets
 }
 
+/// The parent of a process that lives; zero when it lies outside this pid
+/// namespace.
+pub(crate) fn parent(pid: i32) -> Option<i32> {
+    read_row(pid).filter(|row| !row.dead).map(|row| row.parent)
+}
+
 /// One row of the process table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Row {
@@ -67,7 +84,7 @@ struct Row {
     start_ticks: u64,
 }
 
-async fn pass_once(root: i32) -> usize {
+async fn pass_once(tree: Tree) -> usize {
     let mut table = HashMap::new();
     for (index, pid) in pids().enumerate() {
         if let Some(row) = read_row(pid) {
@@ -77,22 +94,23 @@ async fn pass_once(root: i32) -> usize {
             tokio::task::yield_now().await;
         }
     }
-    kill_below(root, &table)
+    kill_found(tree, &table)
 }
 
 /// As PID 1: nothing can fork while the table is read.
-fn frozen_pass(root: i32) -> usize {
+fn frozen_pass(tree: Tree) -> usize {
     let _ = signal_everybody(Signal::STOP);
     let table: HashMap<i32, Row> = pids().filter_map(read_row).map(|row| (row.pid, row)).collect();
-    let killed = kill_below(root, &table);
+    let killed = kill_found(tree, &table);
     let _ = signal_everybody(Signal::CONT);
     killed
 }
 
-fn kill_below(root: i32, table: &HashMap<i32, Row>) -> usize {
+fn kill_found(tree: Tree, table: &HashMap<i32, Row>) -> usize {
     let mut killed = 0;
+    let is_part = |row: &Row| is_below(row, tree.root, table) || tree.mark.is_some_and(|mark| mark.is_on(row.pid));
     for row in table.values() {
-        if !row.dead && is_below(row, root, table) {
+        if !row.dead && is_part(row) {
             kill_exactly(row);
             killed += 1;
         }

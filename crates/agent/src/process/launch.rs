@@ -15,13 +15,14 @@ use rustix::pipe::PipeFlags;
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
+use super::mark::Mark;
 use super::output::OutputKind;
 use super::run::{Pipes, read_report};
 use super::supervisor::{Plan, PlanOptions, Report, Step};
 use super::{Process, StartOptions, State, terminal};
 use crate::descriptor::watch_descriptor;
 use crate::user::Identity;
-use crate::{Failure, Sandbox};
+use crate::{Failure, Sandbox, kernel};
 
 /// Where programs are looked for when nobody says.
 pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -42,20 +43,24 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
     let workdir = resolve_workdir(sandbox, options.workdir.as_deref(), &identity)?;
     let env = environment(sandbox, &options.env, &identity);
 
-    let (stdio, ours) = Ours::open(sandbox, options, &identity).map_err(|error| out_of("open pipes", error))?;
+    let (stdio, mut ours) = Ours::open(sandbox, options, &identity).map_err(|error| out_of("open pipes", error))?;
     let (reports, their_reports) = StdUnixStream::pair().map_err(|error| out_of("open a socket pair", error))?;
     reports.set_nonblocking(true).map_err(|error| out_of("set up a socket", error))?;
 
+    let mark = Mark::next_if_needed();
     let plan = Plan::new(PlanOptions {
         candidates: candidates(program, env.get("PATH").map_or(DEFAULT_PATH, String::as_str))?,
         argv: options.argv.iter().map(|argument| c_string(argument)).collect::<Result<_, _>>()?,
         env: env.iter().map(|(name, value)| c_string(&format!("{name}={value}"))).collect::<Result<_, _>>()?,
         workdir: c_string(&workdir)?,
         terminal: options.terminal.is_some(),
+        foreground_of: ours.name.take(),
+        mark,
         identity,
         stdio,
         reports: their_reports.into(),
         open_files: sandbox.open_files,
+        capabilities: sandbox.capabilities,
     });
     let supervisor = plan.launch().map_err(|error| out_of("start a process", error))?;
     let reports = UnixStream::from_std(reports).map_err(|error| out_of("watch a socket", error))?;
@@ -82,6 +87,7 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
         env: options.env.clone(),
         workdir: options.workdir.clone(),
         supervisor,
+        mark,
         is_init: sandbox.is_init(),
         reports: Mutex::new(Some(Arc::new(reports))),
         stdin: tokio::sync::Mutex::new(ours.stdin.map(watched).transpose()?),
@@ -119,6 +125,8 @@ struct Ours {
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     terminal: Option<OwnedFd>,
+    /// Of the command's side, where the supervisor has to open it again.
+    name: Option<CString>,
 }
 
 impl Ours {
@@ -126,7 +134,8 @@ impl Ours {
         if let Some(size) = options.terminal {
             let (ours, theirs) = terminal::open(size, identity)?;
             let stdio = [theirs.try_clone()?, theirs.try_clone()?, theirs];
-            return Ok((stdio, Self { terminal: Some(ours), ..Self::default() }));
+            let name = kernel::is_gvisor().then(|| rustix::pty::ptsname(&ours, Vec::new())).transpose()?;
+            return Ok((stdio, Self { terminal: Some(ours), name, ..Self::default() }));
         }
         let (stdin_read, stdin) = if options.stdin {
             let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
@@ -137,7 +146,7 @@ impl Ours {
         };
         let (stdout, stdout_write) = output_pipe()?;
         let (stderr, stderr_write) = output_pipe()?;
-        let ours = Self { stdin, stdout: Some(stdout), stderr: Some(stderr), terminal: None };
+        let ours = Self { stdin, stdout: Some(stdout), stderr: Some(stderr), ..Self::default() };
         Ok(([stdin_read, stdout_write, stderr_write], ours))
     }
 }

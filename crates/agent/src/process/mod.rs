@@ -12,8 +12,11 @@
 //! pipe would; one that stops taking for [`STALL_PATIENCE`] does not: the command
 //! goes on and the reader is later told how much it missed.
 
+mod capabilities;
+mod foreground;
 mod kill;
 mod launch;
+mod mark;
 mod output;
 mod reader;
 mod run;
@@ -33,13 +36,16 @@ use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-pub(crate) use kill::{descendant_sockets, signal_everybody};
+pub(crate) use kill::{descendant_sockets, parent, signal_everybody};
 pub(crate) use output::OutputKind;
 pub(crate) use reader::{Event, Reader, ReaderOptions};
 
+use self::foreground::Typed;
+use self::kill::Tree;
+use self::mark::Mark;
 use self::output::OutputBuffer;
 use crate::console::Console;
-use crate::{Failure, Sandbox};
+use crate::{Failure, Sandbox, kernel};
 
 /// How long after the end of its main process a command's output is still read
 /// while something else holds the pipe.
@@ -110,6 +116,7 @@ pub(crate) struct Process {
     pub env: BTreeMap<String, String>,
     pub workdir: Option<String>,
     supervisor: i32,
+    mark: Option<Mark>,
     is_init: bool,
     /// Closing it lets the supervisor go; whoever kills holds it open.
     reports: Mutex<Option<Arc<UnixStream>>>,
@@ -276,7 +283,7 @@ impl Process {
         if let Some(group) = Pid::from_raw(self.pid as i32) {
             let _ = rustix::process::kill_process_group(group, Signal::KILL);
         }
-        kill::kill_descendants(self.supervisor, self.is_init).await;
+        kill::kill_descendants(Tree { root: self.supervisor, mark: self.mark }, self.is_init).await;
         drop(reports);
     }
 
@@ -290,6 +297,9 @@ impl Process {
         match (kind, &self.terminal) {
             (InputKind::Terminal, Some(terminal)) => {
                 let _order = self.stdin.lock().await;
+                if kernel::is_gvisor() {
+                    return self.type_in(terminal, bytes).await;
+                }
                 self.until_ended(write_all(terminal, &bytes)).await
             }
             (InputKind::Stdin, None) => {
@@ -312,6 +322,17 @@ impl Process {
         }
     }
 
+    /// Does for the terminal what its kernel does not.
+    async fn type_in(&self, terminal: &AsyncFd<OwnedFd>, bytes: Bytes) -> Result<(), Failure> {
+        for piece in foreground::take_apart(terminal.get_ref(), bytes) {
+            match piece {
+                Typed::Text(text) => self.until_ended(write_all(terminal, &text)).await?,
+                Typed::Signal(signal) => foreground::tell(self.supervisor, signal),
+            }
+        }
+        Ok(())
+    }
+
     /// After what was sent before.
     pub(crate) async fn close_stdin(&self) -> Result<(), Failure> {
         if self.terminal.is_some() {
@@ -326,7 +347,11 @@ impl Process {
             return Err(Failure::InvalidArgument(format!("process {} has no terminal", self.pid)));
         };
         terminal::resize(terminal.get_ref(), size)
-            .map_err(|error| Failure::Internal(format!("resize the terminal: {error}")))
+            .map_err(|error| Failure::Internal(format!("resize the terminal: {error}")))?;
+        if kernel::is_gvisor() {
+            foreground::tell(self.supervisor, Signal::WINCH);
+        }
+        Ok(())
     }
 
     /// A write to a command that nobody reads from ends when the command does.

@@ -23,7 +23,10 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
+use super::mark::Mark;
+use super::{capabilities, foreground};
 use crate::user::Identity;
 
 /// Length of one report on the connection.
@@ -124,8 +127,10 @@ pub(crate) struct Plan {
     /// `setgroups` (a user namespace of an ordinary user), nothing is lost.
     same_user: bool,
     terminal: bool,
+    foreground_of: Option<CString>,
     oom_score: &'static [u8],
     open_files: Option<libc::rlimit>,
+    capabilities: Option<u64>,
     stack: Vec<u8>,
     stdio: [OwnedFd; 3],
     reports: OwnedFd,
@@ -142,10 +147,17 @@ pub(crate) struct PlanOptions {
     pub workdir: CString,
     pub identity: Identity,
     pub terminal: bool,
+    /// The command's terminal by name, where the supervisor leads its session
+    /// and signals its foreground (see [`foreground`]).
+    pub foreground_of: Option<CString>,
+    /// What the command's processes are found by, beside their place in the tree.
+    pub mark: Option<Mark>,
     pub stdio: [OwnedFd; 3],
     pub reports: OwnedFd,
     /// The limit that the command gets back, if the agent raised its own.
     pub open_files: Option<libc::rlimit>,
+    /// What the command may have at most, if that is less than the agent has.
+    pub capabilities: Option<u64>,
 }
 
 impl Plan {
@@ -159,11 +171,13 @@ impl Plan {
             workdir: options.workdir,
             uid: options.identity.uid,
             gid: options.identity.gid,
-            groups: options.identity.groups,
+            groups: options.identity.groups.into_iter().chain(options.mark.map(Mark::group)).collect(),
             same_user,
             terminal: options.terminal,
+            foreground_of: options.foreground_of,
             oom_score: command_oom_score(),
             open_files: options.open_files,
+            capabilities: options.capabilities,
             stack: vec![0; CHILD_STACK_BYTES],
             stdio: options.stdio,
             reports: options.reports,
@@ -231,6 +245,10 @@ unsafe fn supervise(plan: &mut Plan) -> ! {
         libc::dup3(plan.reports.as_raw_fd(), REPORT_FD, libc::O_CLOEXEC);
         close_from(REPORT_FD + 1);
 
+        if plan.foreground_of.is_some() {
+            libc::setsid();
+            libc::ioctl(0, libc::TIOCSCTTY, 0);
+        }
         let stack_top = plan.stack.as_mut_ptr().add(plan.stack.len() & !15).cast::<c_void>();
         let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
         let pid = libc::clone(run_command, stack_top, flags, ptr::from_mut(plan).cast::<c_void>());
@@ -245,6 +263,9 @@ unsafe fn supervise(plan: &mut Plan) -> ! {
         if let Some((step, errno)) = ptr::read_volatile(&raw const plan.refusal) {
             send(Report::Refused { step, errno });
             libc::_exit(1);
+        }
+        if let Some(terminal) = &plan.foreground_of {
+            lead_session(terminal);
         }
         send(Report::Started { pid });
         loop {
@@ -264,6 +285,45 @@ unsafe fn supervise(plan: &mut Plan) -> ! {
         {
         }
         libc::_exit(0)
+    }
+}
+
+/// Name of the terminal whose session this supervisor leads.
+static LED: AtomicPtr<c_char> = AtomicPtr::new(ptr::null_mut());
+
+/// From now on signals of terminals go on to the foreground.
+unsafe fn lead_session(terminal: &CStr) {
+    LED.store(terminal.as_ptr().cast_mut(), Ordering::Relaxed);
+    // SAFETY: dispositions and the mask of this process; the handler keeps to
+    // async-signal-safe calls, and the name outlives this process.
+    unsafe {
+        let mut passed_on: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut passed_on);
+        for signal in foreground::SIGNALS {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = pass_on as extern "C" fn(c_int) as usize;
+            libc::sigaction(signal.as_raw(), &raw const action, ptr::null_mut());
+            libc::sigaddset(&raw mut passed_on, signal.as_raw());
+        }
+        libc::sigprocmask(libc::SIG_UNBLOCK, &raw const passed_on, ptr::null_mut());
+    }
+}
+
+extern "C" fn pass_on(signal: c_int) {
+    // SAFETY: async-signal-safe calls, with a name that was stored before the
+    // handler was set; what they fail with is put back.
+    unsafe {
+        let errno = *libc::__errno_location();
+        let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        let terminal = libc::open(LED.load(Ordering::Relaxed), flags);
+        if terminal >= 0 {
+            let group = libc::tcgetpgrp(terminal);
+            libc::close(terminal);
+            if group > 1 && group != libc::getpgrp() {
+                libc::kill(-group, signal);
+            }
+        }
+        *libc::__errno_location() = errno;
     }
 }
 
@@ -293,14 +353,22 @@ unsafe fn become_command(plan: &Plan) -> (Step, c_int) {
     unsafe {
         let errno = || *libc::__errno_location();
         raise_oom_score(plan.oom_score);
-        if libc::setsid() < 0 {
+        if plan.foreground_of.is_some() {
+            if libc::setpgid(0, 0) < 0 || libc::tcsetpgrp(0, libc::getpid()) < 0 {
+                return (Step::Terminal, errno());
+            }
+        } else if libc::setsid() < 0 {
             return (Step::Session, errno());
-        }
-        if plan.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+        } else if plan.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
             return (Step::Terminal, errno());
         }
         if let Some(limit) = &plan.open_files {
             libc::setrlimit(libc::RLIMIT_NOFILE, limit);
+        }
+        if let Some(kept) = plan.capabilities
+            && let Err(errno) = capabilities::bound(kept)
+        {
+            return (Step::User, errno);
         }
         let groups = libc::syscall(libc::SYS_setgroups, plan.groups.len(), plan.groups.as_ptr());
         if (groups < 0 && !plan.same_user)

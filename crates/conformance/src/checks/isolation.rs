@@ -20,7 +20,13 @@ pub(super) fn checks() -> Vec<Check> {
         check!("S70", "two sandboxes see neither each other's files nor processes", [Programs], two_sandboxes),
         check!("S71", "files of one sandbox are not in another", [], two_file_systems),
         check!("S72", "a fork bomb hits its own limit; others work; destroy works", [Programs], fork_bomb, long),
-        check!("S73", "a command that eats memory dies; its sandbox and others live", [Programs], memory_hog, long),
+        check!(
+            "S73",
+            "a command that eats memory dies; its sandbox and others live",
+            [Programs, OutlivesOom],
+            memory_hog,
+            long
+        ),
     ]
 }
 

@@ -78,6 +78,7 @@ impl Target for ProviderTarget {
             Ability::Watch => can.watch,
             Ability::Dial | Ability::Sockets | Ability::Ports => can.dial,
             Ability::Usage => can.stats,
+            Ability::OutlivesOom => !can.oom_ends_sandbox,
         };
         (!has).then(|| format!("the `{}` runtime says that it lacks {ability}", self.provider.name()))
     }

@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::ImageError;
+use crate::{ImageError, ImageReference};
 
 /// The file is a few hundred bytes; helpers answer with even less.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -22,8 +22,9 @@ const HELPER_DEADLINE: Duration = Duration::from_secs(15);
 /// What a helper gives as the user name when its secret is an identity token.
 const TOKEN_USER: &str = "<token>";
 
+/// How to log in to a registry.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) enum Credentials {
+pub enum Credentials {
     Anonymous,
     Password {
         user: String,
@@ -33,6 +34,13 @@ pub(crate) enum Credentials {
     IdentityToken(String),
     /// Sent as it is.
     RegistryToken(String),
+}
+
+impl Credentials {
+    /// What the docker `config.json` at `path` has for an image's registry.
+    pub async fn for_image(path: Option<&Path>, image: &ImageReference) -> Result<Self, ImageError> {
+        find(path, image.registry()).await
+    }
 }
 
 /// Secrets stay out of logs.

@@ -23,6 +23,7 @@ use serde::Deserialize;
 use crate::store::MAX_DOCUMENT_BYTES;
 use crate::{Digest, ImageError, ImageReference, Platform};
 use auth::Tokens;
+pub use credentials::Credentials;
 pub(crate) use download::BlobRequest;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);

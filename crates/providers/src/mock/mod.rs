@@ -206,6 +206,7 @@ impl Provider for MockProvider {
             survives_restart: true,
             network: true,
             pause: true,
+            oom_ends_sandbox: false,
             imitated: true,
             family: "test_provider",
         }

@@ -17,14 +17,14 @@ const INSTANCE_FILE: &str = "instance";
 
 /// A server's own name: random once, then kept in its data directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Instance {
+pub(crate) struct Instance {
     id: String,
     dir: PathBuf,
 }
 
 impl Instance {
     /// Reads the name of the data directory `dir`, or gives it one.
-    pub(super) fn open(dir: &Path) -> io::Result<Self> {
+    pub(crate) fn open(dir: &Path) -> io::Result<Self> {
         let dir = dir.canonicalize()?;
         let path = dir.join(INSTANCE_FILE);
         let id = match std::fs::read_to_string(&path) {
@@ -43,7 +43,7 @@ impl Instance {
     }
 
     /// Eight hexadecimal digits.
-    pub(super) fn id(&self) -> &str {
+    pub(crate) fn id(&self) -> &str {
         &self.id
     }
 

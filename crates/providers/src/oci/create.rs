@@ -352,6 +352,7 @@ fn boot_config(plan: &Plan) -> std::io::Result<OwnedFd> {
         workdir: plan.image.workdir.clone().unwrap_or_else(|| "/workspace".to_owned()),
         expires_at_unix_ms: plan.spec.expires_at.unix_ms(),
         shares_host_network: false,
+        capabilities: None,
     };
     let mut file = std::fs::File::from(rustix::fs::memfd_create("boot", MemfdFlags::CLOEXEC)?);
     file.write_all(&serde_json::to_vec(&config)?)?;

@@ -55,6 +55,7 @@ use stacyvm_sandbox::{
     RuntimeSandbox, RuntimeState, SandboxSpec,
 };
 
+pub(crate) use claims::Instance;
 pub use options::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciRuntime, SpawnerCommand};
 pub use spawner::spawner_main;
 

@@ -7,33 +7,20 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
 use stacyvm_api::{Limit, NetworkMode, SandboxId, Timestamp};
 use stacyvm_providers::oci::{OciOptions, OciProvider, SpawnerCommand};
-use stacyvm_sandbox::{
-    Connection, DiskRequest, EnvdSession, Exit, NetworkPolicy, ProcessEvent, Provider, SandboxSpec, Session,
-    StartRequest,
-};
+use stacyvm_sandbox::{DiskRequest, EnvdSession, NetworkPolicy, Provider, SandboxSpec, StartRequest};
 
+use crate::inside::{self, Ran, TOKEN};
 use crate::ordinary_user;
 
 /// How long a condition may take to come true on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-const TOKEN: &str = "token-of-the-test";
-
 pub(crate) struct Fixture {
     pub(crate) provider: Arc<OciProvider>,
     pub(crate) options: OciOptions,
     _data: Option<tempfile::TempDir>,
-}
-
-/// What a command did.
-#[derive(Debug)]
-pub(crate) struct Ran {
-    pub(crate) exit: Exit,
-    pub(crate) stdout: String,
-    pub(crate) stderr: String,
 }
 
 impl Fixture {
@@ -85,45 +72,21 @@ impl Fixture {
     }
 
     pub(crate) async fn session(&self, id: &SandboxId) -> EnvdSession {
-        let connection = self.provider.connect(id).await.expect("a way in");
-        let Connection::Envd(channel) = connection else { panic!("{connection:?}") };
-        EnvdSession::connect(channel, TOKEN.into()).expect("a session")
+        inside::session(self.provider.as_ref(), id).await
     }
 
     /// Runs a shell script inside.
     pub(crate) async fn sh(&self, id: &SandboxId, script: &str) -> Ran {
-        self.run(
-            id,
-            StartRequest { argv: ["/bin/sh", "-c", script].map(str::to_owned).into(), ..StartRequest::default() },
-        )
-        .await
+        self.run(id, inside::shell(script)).await
     }
 
     pub(crate) async fn run(&self, id: &SandboxId, request: StartRequest) -> Ran {
-        let session = self.session(id).await;
-        let mut events = session.start(request).await.expect("the command starts");
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        loop {
-            match events.next().await.expect("an exit").expect("an event") {
-                ProcessEvent::Stdout(bytes) => stdout.extend_from_slice(&bytes),
-                ProcessEvent::Stderr(bytes) => stderr.extend_from_slice(&bytes),
-                ProcessEvent::Exited(exit) => {
-                    let text = |bytes| String::from_utf8(bytes).expect("text");
-                    return Ran { exit, stdout: text(stdout), stderr: text(stderr) };
-                }
-                ProcessEvent::Started { .. }
-                | ProcessEvent::Terminal(_)
-                | ProcessEvent::Dropped { .. }
-                | ProcessEvent::Keepalive => {}
-            }
-        }
+        inside::run(&self.session(id).await, request).await
     }
 
     /// The output of a script that must succeed.
     pub(crate) async fn output(&self, id: &SandboxId, script: &str) -> String {
-        let ran = self.sh(id, script).await;
-        assert_eq!(ran.exit.code, Some(0), "{script}: {ran:?}");
-        ran.stdout.trim_end().to_owned()
+        inside::output(&self.session(id).await, script).await
     }
 
     pub(crate) fn oci_dir(&self) -> PathBuf {

@@ -1,7 +1,19 @@
-//! The runtimes on this very host, with real namespaces.
+//! The runtimes on this very host, with real namespaces and a real docker
+//! daemon.
 
+mod docker_conformance;
+mod docker_fixture;
+mod docker_images;
+mod docker_lifecycle;
+mod docker_network;
+mod docker_registry;
+mod docker_runtimes;
+mod docker_security;
+#[expect(dead_code, reason = "shared with the tests of the program, which kill it")]
+mod dockerd;
 mod fixture;
 mod guest_kernel;
+mod inside;
 mod internet;
 mod oci_conformance;
 mod oci_disk;

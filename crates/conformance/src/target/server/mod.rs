@@ -67,6 +67,7 @@ impl Target for ServerTarget {
             Ability::Sockets => return Some("the REST API has no call that dials a unix socket".to_owned()),
             Ability::Dial | Ability::Ports => self.has("dial"),
             Ability::Usage => self.has("stats"),
+            Ability::OutlivesOom => !self.has("oom_ends_sandbox"),
         };
         (!has).then(|| format!("the server says that provider `{}` lacks {ability}", self.provider.name))
     }
