@@ -120,7 +120,12 @@ impl Shared {
                     })
                     .await;
             }
-            Err(error) => self.note_unlistable(&provider, &records, occasion, &error),
+            Err(error) => {
+                self.note_unlistable(&provider, &error);
+                stream::iter(&records)
+                    .for_each_concurrent(PARALLEL, |(record, state)| self.settle_unlisted(record, *state, occasion))
+                    .await;
+            }
         }
         self.sweep(&provider).await;
     }
@@ -269,30 +274,33 @@ impl Shared {
         self.expiry_changed.notify_one();
     }
 
-    fn note_unlistable(
-        self: &Arc<Self>,
-        provider: &Arc<dyn Provider>,
-        records: &[(Arc<Record>, SandboxState)],
-        occasion: Occasion,
-        error: &EngineError,
-    ) {
+    fn note_unlistable(&self, provider: &Arc<dyn Provider>, error: &EngineError) {
         tracing::error!(provider = provider.name(), error = ?error, "a runtime cannot list its sandboxes");
         let data = crate::shared::failure_data("reconcile", provider.name(), &error.to_string());
         self.bus.emit(EventKind::ProviderFailed, Subject { sandbox: None, tenant: None, data });
-        if occasion == Occasion::Timer {
-            return;
-        }
-        for (record, state) in records {
-            match state {
-                SandboxState::Running => {
+    }
+
+    /// One row while the runtime does not say what it has. What still answers
+    /// works; the rest may or may not be there.
+    async fn settle_unlisted(self: &Arc<Self>, record: &Arc<Record>, state: SandboxState, occasion: Occasion) {
+        match (state, occasion) {
+            (SandboxState::Running | SandboxState::Unhealthy, _) => match self.ping(record).await {
+                Ok(()) => {
+                    self.apply(record, Happening::Answered, None);
+                    self.take_in(record).await;
+                }
+                Err(error) => {
                     self.apply(record, Happening::Silent, Some(&format!("its runtime does not answer: {error}")));
                 }
-                SandboxState::Creating => {
-                    self.apply(record, Happening::CreateFailed, Some("the server ended while it was made"));
-                }
-                SandboxState::Destroying | SandboxState::Error => self.apply(record, Happening::RetryDue, None),
-                SandboxState::Paused | SandboxState::Unhealthy | SandboxState::Destroyed => {}
+            },
+            (SandboxState::Creating, Occasion::Start) => {
+                self.apply(record, Happening::CreateFailed, Some("the server ended while it was made"));
             }
+            (SandboxState::Destroying | SandboxState::Error, Occasion::Start) => {
+                self.apply(record, Happening::RetryDue, None);
+            }
+            (SandboxState::Creating | SandboxState::Destroying | SandboxState::Error, Occasion::Timer)
+            | (SandboxState::Paused | SandboxState::Destroyed, _) => {}
         }
     }
 

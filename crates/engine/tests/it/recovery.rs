@@ -307,6 +307,33 @@ async fn one_bad_sandbox_or_provider_does_not_stop_a_start() {
 }
 
 #[tokio::test]
+async fn while_a_runtime_is_away_only_what_does_not_answer_is_unhealthy() {
+    let host = Host::new();
+    let mut options = host.options();
+    options.timing.reconcile_interval = Duration::from_millis(20);
+    let engine = host.engine_with(options).await;
+    let id = create(&engine).await.id;
+    host.mock.faults().inject(MockOperation::List, Fault::Fail("the daemon is away".to_owned()), Times::Always);
+    let rounds = || host.mock.calls(MockOperation::List).started;
+    let before = rounds();
+    eventually("it was not listed for a while", || rounds() > before + 3).await;
+    assert_eq!(state(&engine, &id), Some(SandboxState::Running), "it still answers");
+    assert_eq!(run(&engine, &id, "echo on").await.stdout, "on\n");
+
+    host.mock.faults().inject(MockOperation::Ping, Fault::Fail("no way in".to_owned()), Times::Always);
+    eventually("it is unhealthy", || state(&engine, &id) == Some(SandboxState::Unhealthy)).await;
+    let reason = engine.get(&caller(), &id).unwrap().reason.unwrap();
+    assert!(reason.starts_with("its runtime does not answer"), "{reason}");
+    host.mock.faults().clear(MockOperation::Ping);
+    eventually("it answers again, although it is not listed", || state(&engine, &id) == Some(SandboxState::Running))
+        .await;
+    host.mock.faults().clear(MockOperation::List);
+    host.mock.plant("sb-stranger000000000000".parse().unwrap(), host.mock.spec(&id).unwrap());
+    eventually("the runtime is listened to again", || host.mock.sandbox_ids() == [id.clone()]).await;
+    assert_eq!(state(&engine, &id), Some(SandboxState::Running));
+}
+
+#[tokio::test]
 async fn sandboxes_of_a_provider_that_is_not_configured_stay_on_record() {
     let host = Host::new();
     let engine = host.engine().await;
