@@ -5,17 +5,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::dockerd::Dockerd;
 use crate::server::{IMAGE, Setup};
 use crate::statistics::Spread;
 
 const WARM_UPS: usize = 2;
 const OCI_RUNS: usize = 60;
 const DOCKER_RUNS: usize = 20;
-const DAEMON_LIMIT: Duration = Duration::from_secs(30);
 
 /// What another runtime needed, or why it could not be asked.
 pub(crate) struct Baseline {
@@ -123,51 +123,13 @@ pub(crate) fn measure_here(program: &Path, bundle: &Path, count: usize) -> anyho
     Ok(())
 }
 
-/// `docker run` with a daemon of our own: its data, socket and bridge are not
-/// anybody else's, and it leaves the firewall alone.
+/// `docker run` with a daemon of our own.
 fn docker(archive: &Path, directory: &Path) -> anyhow::Result<Spread> {
-    let client = find_program("docker").context("docker is not installed")?;
-    let daemon = find_program("dockerd").context("dockerd is not installed")?;
-    let bridge = Bridge::make()?;
-    fs::create_dir_all(directory)?;
-    let socket = format!("unix://{}", directory.join("docker.sock").display());
-    let log = fs::File::create(directory.join("daemon.log"))?;
-    let mut running = Daemon(
-        Command::new(daemon)
-            .args(["--iptables=false", "--ip6tables=false", "--ip-masq=false", "--userland-proxy=false"])
-            .arg(format!("--bridge={}", bridge.name))
-            .arg("--host")
-            .arg(&socket)
-            .arg("--data-root")
-            .arg(directory.join("data"))
-            .arg("--exec-root")
-            .arg(directory.join("exec"))
-            .arg("--pidfile")
-            .arg(directory.join("docker.pid"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?,
-    );
-    let docker = |arguments: &[&str]| {
-        let mut command = Command::new(&client);
-        command.arg("--host").arg(&socket).args(arguments);
-        command
-    };
-    let end = Instant::now() + DAEMON_LIMIT;
-    while succeed(&mut docker(&["version"])).is_err() {
-        if let Some(status) = running.0.try_wait()? {
-            let log = fs::read_to_string(directory.join("daemon.log")).unwrap_or_default();
-            bail!("dockerd ended with {status}: {}", log.lines().last().unwrap_or_default());
-        }
-        ensure!(Instant::now() < end, "dockerd did not answer within {DAEMON_LIMIT:?}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    succeed(docker(&["load", "--input"]).arg(archive))?;
+    let daemon = Dockerd::start(archive, directory)?;
     let mut samples = Vec::new();
     for round in 0..WARM_UPS + DOCKER_RUNS {
         let start = Instant::now();
-        succeed(&mut docker(&["run", "--rm", "--memory=128m", "--pids-limit=64", IMAGE, "/bin/true"]))?;
+        succeed(&mut daemon.docker(&["run", "--rm", "--memory=128m", "--pids-limit=64", IMAGE, "/bin/true"]))?;
         if round >= WARM_UPS {
             samples.push(start.elapsed());
         }
@@ -175,44 +137,13 @@ fn docker(archive: &Path, directory: &Path) -> anyhow::Result<Spread> {
     Ok(Spread::of(&samples))
 }
 
-/// Ended, in order, with whatever became of the measurement.
-struct Daemon(std::process::Child);
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = Command::new("kill").arg(self.0.id().to_string()).status();
-        let _ = self.0.wait();
-    }
-}
-
-struct Bridge {
-    name: String,
-}
-
-impl Bridge {
-    fn make() -> anyhow::Result<Self> {
-        // An interface's name has at most 15 characters.
-        let bridge = Self { name: format!("svmb{}", std::process::id()) };
-        succeed(Command::new("ip").args(["link", "add", &bridge.name, "type", "bridge"]))?;
-        succeed(Command::new("ip").args(["address", "add", "198.18.255.1/24", "dev", &bridge.name]))?;
-        succeed(Command::new("ip").args(["link", "set", &bridge.name, "up"]))?;
-        Ok(bridge)
-    }
-}
-
-impl Drop for Bridge {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["link", "delete", &self.name]).status();
-    }
-}
-
-fn succeed(command: &mut Command) -> anyhow::Result<()> {
+pub(crate) fn succeed(command: &mut Command) -> anyhow::Result<()> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
     Ok(())
 }
 
-fn find_program(name: &str) -> Option<PathBuf> {
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|candidate| candidate.is_file())
 }

@@ -18,19 +18,21 @@ pub(crate) struct Burst {
 }
 
 pub(crate) async fn measure(setup: &Setup) -> anyhow::Result<Burst> {
-    let ready = ServeOptions { namespace_pool: Some(BURST) };
+    let ready = ServeOptions { namespace_pool: Some(BURST), ..ServeOptions::default() };
     let from_pool = ask_at_once(setup, "burst-ready", ready).await?;
-    let from_nothing = ask_at_once(setup, "burst-empty", ServeOptions { namespace_pool: Some(0) }).await?;
+    let from_nothing =
+        ask_at_once(setup, "burst-empty", ServeOptions { namespace_pool: Some(0), ..ServeOptions::default() }).await?;
     Ok(Burst { from_pool, from_nothing })
 }
 
 async fn ask_at_once(setup: &Setup, name: &str, options: ServeOptions) -> anyhow::Result<Spread> {
+    let pool = options.namespace_pool.unwrap_or(0);
     let server = Server::start(setup, name, options).await?;
     // The image is unpacked and the code is warm; the pool is as asked for.
     let id = server.create().await?;
     server.exec_true(&id).await?;
     server.destroy(&id).await?;
-    server.wait_for_pool(options.namespace_pool.unwrap_or(0)).await?;
+    server.wait_for_pool(pool).await?;
     let one = async || -> anyhow::Result<_> {
         let start = Instant::now();
         let id = server.create().await?;

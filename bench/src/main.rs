@@ -2,7 +2,7 @@
 //! image, the same command, and the ratio printed.
 //!
 //! ```text
-//! main ─► server (a real `stacyvm serve`) ─► latency · burst · idle · transfer · preview
+//! main ─► server (a real `stacyvm serve`) ─► latency · burst · idle · transfer · preview · docker
 //!    └──► baseline (crun, runc, docker: the same command, the same image)
 //! ```
 //!
@@ -11,6 +11,8 @@
 
 mod baseline;
 mod burst;
+mod docker;
+mod dockerd;
 mod idle;
 mod latency;
 mod preview;
@@ -69,6 +71,8 @@ enum Part {
     Transfer,
     /// A server inside through its preview; beside the same server directly
     Preview,
+    /// Sandboxes on a docker daemon; beside bare containers and `docker exec`
+    Docker,
 }
 
 #[derive(Debug, Subcommand)]
@@ -112,6 +116,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     if wanted(Part::Preview) {
         report.preview(&preview::measure(&setup, arguments.file_mib << 20).await?);
+    }
+    if wanted(Part::Docker) {
+        report.docker(docker::measure(&setup).await.map_err(|error| format!("{error:#}")));
     }
     if let Some(path) = arguments.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";

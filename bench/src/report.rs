@@ -8,6 +8,7 @@ use stacyvm_conformance::Census;
 
 use crate::baseline::Baseline;
 use crate::burst::{BURST, Burst};
+use crate::docker::Docker;
 use crate::idle::Idle;
 use crate::latency::Latency;
 use crate::preview::Preview;
@@ -22,6 +23,9 @@ mod promised {
     pub(super) const DESTROY: &str = "p50 <= 8 ms";
     pub(super) const FROM_POOL: &str = "p99 <= 400 ms";
     pub(super) const FROM_NOTHING: &str = "p99 <= 1500 ms";
+    /// Of what the daemon takes for the same by itself.
+    pub(super) const ON_DOCKER_CREATE: f64 = 1.15;
+    pub(super) const ON_DOCKER_EXEC: f64 = 0.1;
     /// How many times slower another runtime is.
     pub(super) const RATIOS: [(&str, f64); 3] = [("crun run", 1.3), ("runc run", 4.0), ("docker run", 15.0)];
 }
@@ -146,6 +150,31 @@ impl Report {
             }));
         }
         println!();
+    }
+
+    pub(crate) fn docker(&mut self, measured: Result<Docker, String>) {
+        println!("On a docker daemon (runc), beside the same daemon by itself");
+        let measured = match measured {
+            Ok(measured) => measured,
+            Err(reason) => {
+                println!("  not available: {reason}\n");
+                self.results.push(json!({ "name": "docker", "not_available": reason }));
+                return;
+            }
+        };
+        println!("{:<38} {:>5} {:>8} {:>8} {:>8} {:>8}   promised", "", "n", "min", "p50", "p95", "p99");
+        let Docker { create, bare, exec, client_exec } = measured;
+        self.spread("bare Engine create + start", bare, "");
+        self.ratio("create on docker", create, bare, promised::ON_DOCKER_CREATE);
+        self.spread("docker exec", client_exec, "");
+        self.ratio("exec on docker", exec, client_exec, promised::ON_DOCKER_EXEC);
+        println!();
+    }
+
+    fn ratio(&mut self, name: &str, ours: Spread, theirs: Spread, promised: f64) {
+        let ratio = ours.p50_ms / theirs.p50_ms;
+        self.spread(name, ours, &format!("{ratio:.2} of that; promised <= {promised}"));
+        self.results.push(json!({ "name": format!("{name} / bare"), "ratio_p50": ratio, "promised": promised }));
     }
 
     fn spread(&mut self, name: &str, spread: Spread, note: &str) {

@@ -56,10 +56,12 @@ fn make_image(directory: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// How a server differs from one without configuration.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct ServeOptions {
     /// Pairs of namespaces kept ready; the server's own default otherwise.
     pub(crate) namespace_pool: Option<usize>,
+    /// Sandboxes are containers of the daemon behind this socket.
+    pub(crate) docker: Option<PathBuf>,
 }
 
 /// A running server.
@@ -94,6 +96,10 @@ impl Server {
         if let Some(pool) = options.namespace_pool {
             serve.env("STACYVM_PROVIDERS_OCI_PREPARED_BRIDGE", pool.to_string());
             serve.env("STACYVM_PROVIDERS_OCI_PREPARED", "0");
+        }
+        if let Some(socket) = options.docker {
+            serve.env("STACYVM_PROVIDERS_DEFAULT", "docker").env("STACYVM_PROVIDERS_DOCKER_SOCKET", socket);
+            serve.env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
         }
         let process = serve.stdout(File::create(&log)?).stderr(File::options().append(true).open(&log)?).spawn()?;
         let client = Client::new(&ClientOptions::new(format!("http://127.0.0.1:{port}")))?;
