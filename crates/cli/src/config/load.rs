@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::config::problem::{ConfigError, Problem};
 use crate::config::reserved::{Absence, RESERVED, Reserved};
@@ -18,6 +19,9 @@ const ENV_PREFIX: &str = "STACYVM_";
 /// picks the file, and what builds and tests use.
 const OTHER_VARIABLES: [&str; 5] =
     ["STACYVM_CONFIG", "STACYVM_URL", "STACYVM_API_KEY", "STACYVM_OWNER", "STACYVM_AGENT_BINARY"];
+
+/// Every comparison asks every runtime and pings every sandbox.
+const MIN_RECONCILE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Names below this likeness are not worth a suggestion.
 const LIKENESS: f64 = 0.6;
@@ -260,12 +264,19 @@ fn check(config: &Config, problems: &mut Vec<Problem>) {
         problems.push(Problem::new("rate_limit.cleanup_interval", "cannot be zero").hint("write 1m"));
     }
     check_server(&config.server, problems);
+    check_docker(config, has_key || auth.enabled == Some(true), problems);
     let defaults = &config.defaults;
     if defaults.memory_mb == 0 {
         problems.push(Problem::new("defaults.memory_mb", "a sandbox needs memory").hint("write 512, for example"));
     }
     if defaults.vcpus <= 0.0 {
         problems.push(Problem::new("defaults.vcpus", "a sandbox needs a processor").hint("write 1, or 0.5"));
+    }
+    if config.providers.reconcile_interval.get() < MIN_RECONCILE_INTERVAL {
+        problems.push(
+            Problem::new("providers.reconcile_interval", format!("is shorter than {MIN_RECONCILE_INTERVAL:?}"))
+                .hint("write 1m, for example"),
+        );
     }
     if defaults.ttl.is_zero() {
         problems.push(Problem::new("defaults.ttl", "a sandbox of no time cannot be used").hint("write 30m"));
@@ -279,6 +290,22 @@ fn check(config: &Config, problems: &mut Vec<Problem>) {
             Problem::new("defaults.default_exec_timeout", "is longer than defaults.max_exec_timeout")
                 .hint("lower it, or raise the other"),
         );
+    }
+}
+
+fn check_docker(config: &Config, needs_key: bool, problems: &mut Vec<Problem>) {
+    let docker = &config.docker;
+    let in_use = docker.enabled || config.providers.default == "docker";
+    if in_use && docker.network_mode.trim() == "host" && !needs_key {
+        let message = "sandboxes would share this machine's network, and whoever can reach the server could use it";
+        problems.push(
+            Problem::new("providers.docker.network_mode", message)
+                .hint("set auth.api_key or auth.enabled, or another network: bridge, none, or one made with `docker network create`"),
+        );
+    }
+    for path in docker.tmpfs.keys().filter(|path| !path.starts_with('/')) {
+        let message = format!("`{path}` is not an absolute path");
+        problems.push(Problem::new("providers.docker.tmpfs", message).hint("write `/cache: size=64m`, for example"));
     }
 }
 
@@ -409,7 +436,8 @@ mod tests {
 
     #[test]
     fn keys_of_absent_features_warn_and_protections_refuse() {
-        let text = "providers:\n  docker:\n    enabled: true\n    tmpfs:\n      /tmp: size=1m\n  proot:\n    max_sandboxes: 10\n";
+        let text =
+            "providers:\n  firecracker:\n    enabled: true\n    kernel_path: /k\n  proot:\n    max_sandboxes: 10\n";
         let warnings = load_text(text, &[]).unwrap().warnings;
         let places: Vec<_> = warnings.iter().map(|warning| warning.place.as_str()).collect();
         assert_eq!(places, ["stacyvm.yaml:3", "stacyvm.yaml:4"], "the default of proot is no warning");
@@ -468,10 +496,23 @@ mod tests {
     }
 
     #[test]
+    fn the_hosts_network_needs_a_key() {
+        let text = "providers: {docker: {enabled: true, network_mode: host}}\n";
+        assert!(load_text(text, &[]).unwrap_err().contains("share this machine's network"));
+        assert!(load_text(text, &[("STACYVM_AUTH_API_KEY", "key")]).is_ok());
+        assert!(load_text(text, &[("STACYVM_AUTH_ENABLED", "true")]).is_ok(), "keys may be stored");
+        let default = [("STACYVM_PROVIDERS_DEFAULT", "docker")];
+        assert!(load_text("providers: {docker: {network_mode: host}}\n", &default).is_err());
+        assert!(load_text("providers: {docker: {network_mode: host}}\n", &[]).is_ok(), "it is not in use");
+        assert!(load_text("providers: {docker: {tmpfs: {cache: size=1m}}}\n", &[]).unwrap_err().contains("`cache`"));
+    }
+
+    #[test]
     fn contradicting_limits_are_refused() {
         assert!(load_text("defaults: {ttl: 2h, max_ttl: 1h}\n", &[]).unwrap_err().contains("max_ttl"));
         assert!(load_text("defaults: {ttl: 2h, max_ttl: 0s}\n", &[]).is_ok());
         assert!(load_text("defaults: {memory_mb: 0}\n", &[]).is_err());
+        assert!(load_text("providers: {reconcile_interval: 0s}\n", &[]).unwrap_err().contains("shorter than 1s"));
     }
 
     #[test]

@@ -18,5 +18,8 @@ mod source;
 mod docs;
 
 pub(crate) use load::{Environment, load};
-pub(crate) use schema::{Config, DatabaseDriver, LogFormat, Logging, OverflowMode, RateLimit, RateLimitBy};
+pub(crate) use schema::{
+    Config, DatabaseDriver, Docker, LogFormat, Logging, OverflowMode, PreviewMode, RateLimit, RateLimitBy,
+    UnknownPolicy,
+};
 pub(crate) use setting::Secret;

@@ -4,13 +4,14 @@
 //! struct, the list of its keys and the code that reads it from one
 //! declaration, so that none of them can fall behind.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use stacyvm_api::Duration;
 
 use crate::config::load::Reader;
 use crate::config::reserved::RESERVED;
-use crate::config::setting::{Secret, Setting, Shape, choice};
+use crate::config::setting::{MemorySize, Processors, Secret, Setting, Shape, choice};
 
 /// One setting as documents and messages see it.
 #[derive(Debug)]
@@ -109,6 +110,9 @@ config! {
         preview_url: String = "",
         /// Port of its own where paths name previews, `/<sandbox>/<port>/`, for want of names. 0 takes a free one.
         preview_port: Option<u16> = "",
+        /// Who shows previews: `builtin` is this server; with `traefik` containers of `docker` also carry labels for a
+        /// Traefik that shows their port 3000 below `server.preview_domain`.
+        preview_mode: PreviewMode = "builtin",
         /// PEM file of a certificate with its chain: TLS on every port of the server. Read again when it changes.
         tls_cert_file: Option<PathBuf> = "",
         /// PEM file of the certificate's key.
@@ -163,8 +167,14 @@ config! {
     }
 
     providers: Providers in "providers." {
-        /// Provider of sandboxes that name none. `auto` takes `oci` on Linux, else the first that is enabled.
+        /// Provider of sandboxes that name none; enabled by being named here. `auto` takes the first that is enabled
+        /// of `oci`, `docker`, `mock`.
         default: String = "auto",
+        /// What happens to a sandbox that this server made and a runtime still has, but that the database does not
+        /// know, as after restoring an old one: `remove` it, or `adopt` it without an owner until `defaults.ttl`.
+        unknown_sandboxes: UnknownPolicy = "remove",
+        /// How often what runtimes have is compared with the database. It is also done at start.
+        reconcile_interval: Duration = "1m",
     }
 
     oci: Oci in "providers.oci." {
@@ -192,6 +202,43 @@ config! {
         run_dir: Option<PathBuf> = "",
         /// Name of our group in the host's control group hierarchies.
         cgroup_parent: String = "stacyvm",
+    }
+
+    docker: Docker in "providers.docker." {
+        /// Containers of a Docker-compatible daemon.
+        enabled: bool = "false",
+        /// The daemon: a socket's path, `unix:///path` or `tcp://host:port`. Without it: `DOCKER_HOST`, else the context
+        /// of `DOCKER_CONTEXT` or of docker's `config.json`, else `/var/run/docker.sock`.
+        socket: String = "",
+        /// Directory with `ca.pem`, `cert.pem` and `key.pem` for a daemon over TCP. Without it: `DOCKER_CERT_PATH` where
+        /// `DOCKER_TLS_VERIFY` is set, or what the context has.
+        tls_dir: Option<PathBuf> = "",
+        /// Name under which the daemon knows the OCI runtime: `runc`, `crun`, `runsc` (gVisor), `kata-runtime`. Every
+        /// sandbox is checked to run on it.
+        runtime: String = "runc",
+        /// Image of sandboxes here that name none. Without it: `defaults.image`.
+        default_image: Option<String> = "",
+        /// What the network `bridge` of a sandbox is: `bridge`, a network made with `docker network create`, `none`
+        /// (sandboxes have no network), or `host`, which is no isolation and needs `auth.api_key`.
+        network_mode: String = "bridge",
+        /// System calls that are allowed: `default` (the daemon's), `unconfined`, or a file with a profile as JSON.
+        seccomp_profile: String = "default",
+        /// Whether only `/tmp`, `/workspace` and `providers.docker.tmpfs` can be written.
+        read_only_rootfs: bool = "false",
+        /// Memory limit of sandboxes here that ask for none, such as `512m`. Without it: `defaults.memory_mb`.
+        memory: Option<MemorySize> = "",
+        /// Processors of sandboxes here that ask for none, such as `0.5`. Without it: `defaults.vcpus`.
+        cpus: Option<Processors> = "",
+        /// Processes of sandboxes here that ask for no limit. Without it: `defaults.pids_limit`.
+        pids_limit: Option<u64> = "",
+        /// Who commands run as where nobody is asked for: a name or `uid:gid`. Without it: the image's user.
+        user: Option<String> = "",
+        /// Linux capabilities taken from commands, of those that Docker gives by default; `ALL` is all.
+        dropped_caps: Vec<String> = "ALL",
+        /// Linux capabilities that commands have all the same, such as `NET_RAW`.
+        added_caps: Vec<String> = "",
+        /// Mounts in memory, path to options: `/cache: size=64m`. As a variable `/cache:size=64m;/run`.
+        tmpfs: BTreeMap<String, String> = "",
     }
 
     mock: Mock in "providers.mock." {
@@ -280,6 +327,14 @@ choice! {
 
 choice! {
     RateLimitBy { Owner = "owner", ApiKey = "api_key", Address = "ip" }
+}
+
+choice! {
+    UnknownPolicy { Remove = "remove", Adopt = "adopt" }
+}
+
+choice! {
+    PreviewMode { Builtin = "builtin", Traefik = "traefik" }
 }
 
 choice! {

@@ -163,6 +163,68 @@ impl Setting for Duration {
     }
 }
 
+/// Memory as Docker's command line takes it: `512m`, `1g`, or bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MemorySize {
+    pub(crate) mib: u64,
+}
+
+impl Setting for MemorySize {
+    const SHAPE: Shape = Shape::Text;
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let wrong = || format!("must be a size of at least 1m, such as 512m or 1g, not `{}`", text.trim());
+        let lower = text.trim().to_ascii_lowercase();
+        let lower = lower.strip_suffix('b').unwrap_or(&lower);
+        let (digits, shift) = match lower.as_bytes().last() {
+            Some(b'k') => (&lower[..lower.len() - 1], 10),
+            Some(b'm') => (&lower[..lower.len() - 1], 20),
+            Some(b'g') => (&lower[..lower.len() - 1], 30),
+            _ => (lower, 0),
+        };
+        let count: u64 = digits.parse().map_err(|_| wrong())?;
+        let bytes = count.checked_mul(1 << shift).ok_or_else(wrong)?;
+        if bytes < 1 << 20 { Err(wrong()) } else { Ok(Self { mib: bytes >> 20 }) }
+    }
+}
+
+/// Processors, quoted or not, as published configurations have both.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Processors(pub(crate) f64);
+
+impl Setting for Processors {
+    const SHAPE: Shape = Shape::Text;
+
+    fn parse(text: &str) -> Result<Self, String> {
+        match text.trim().parse::<f64>() {
+            Ok(number) if number.is_finite() && number > 0.0 => Ok(Self(number)),
+            Ok(_) | Err(_) => Err(format!("must be a number above 0, such as 1 or 0.5, not `{}`", text.trim())),
+        }
+    }
+}
+
+/// Names and values; as text `NAME:VALUE;NAME:VALUE`, because values have commas.
+impl Setting for BTreeMap<String, String> {
+    const SHAPE: Shape = Shape::Map;
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let items = text.split(';').map(str::trim).filter(|item| !item.is_empty());
+        let pair = |item: &str| {
+            let (name, value) = item.split_once(':').unwrap_or((item, ""));
+            (name.trim().to_owned(), value.trim().to_owned())
+        };
+        Ok(items.map(pair).collect())
+    }
+
+    fn from_raw(raw: &Raw) -> Result<Self, String> {
+        match raw {
+            Raw::Map(map) => Ok(map.clone()),
+            Raw::Scalar { text, .. } => Self::parse(text),
+            Raw::List(_) => Err(format!("must be {}, not a list", Self::SHAPE)),
+        }
+    }
+}
+
 /// Blank text means "not set".
 impl<T: Setting> Setting for Option<T> {
     const SHAPE: Shape = T::SHAPE;
@@ -239,6 +301,29 @@ mod tests {
         assert_eq!(Vec::parse(" a, b ,,c"), Ok(vec!["a".to_owned(), "b".to_owned(), "c".to_owned()]));
         assert_eq!(Vec::from_raw(&Raw::List(vec!["a,b".to_owned()])), Ok(vec!["a,b".to_owned()]));
         assert_eq!(String::from_raw(&Raw::List(vec![])).unwrap_err(), "must be text, not a list");
+    }
+
+    #[test]
+    fn sizes_and_processors_are_what_docker_takes() {
+        for (text, mib) in [("512m", 512), ("1g", 1024), ("256M", 256), ("1024k", 1), (" 2GB ", 2048), ("1048576", 1)] {
+            assert_eq!(MemorySize::parse(text), Ok(MemorySize { mib }), "{text}");
+        }
+        // What is not understood is not unlimited.
+        for text in ["", "0", "-1", "512x", "m", "1.5g", "1k", "99999999999g"] {
+            assert!(MemorySize::parse(text).unwrap_err().contains("512m"), "{text}");
+        }
+        assert_eq!(Processors::from_raw(&scalar("1", true)), Ok(Processors(1.0)));
+        assert_eq!(Processors::parse("0.5"), Ok(Processors(0.5)));
+        assert!(["0", "-1", "nan", "two"].into_iter().all(|text| Processors::parse(text).is_err()));
+    }
+
+    #[test]
+    fn maps_come_from_yaml_or_from_a_variable() {
+        let mounts =
+            BTreeMap::from([("/a".to_owned(), "size=1m,mode=1777".to_owned()), ("/b".to_owned(), String::new())]);
+        assert_eq!(BTreeMap::parse("/a:size=1m,mode=1777; /b"), Ok(mounts.clone()));
+        assert_eq!(BTreeMap::from_raw(&Raw::Map(mounts.clone())), Ok(mounts));
+        assert_eq!(BTreeMap::parse(""), Ok(BTreeMap::new()));
     }
 
     #[test]

@@ -12,6 +12,8 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::docker;
+use crate::docker::dockerd::Dockerd;
 use crate::support::{IMAGE, Ran, Registry, Server, Site, in_repository, run};
 
 /// Where the pages say that the server is.
@@ -20,10 +22,11 @@ const DOCUMENTED_SERVER: &str = "127.0.0.1:7423";
 const DOCUMENTED_IMAGE: &str = "python:3.12";
 
 /// Lines that are tested elsewhere, by their beginning.
-const ELSEWHERE: [(&str, &str); 6] = [
+const ELSEWHERE: [(&str, &str); 7] = [
     ("make ", "builds the release program; `.ci/run` and serve.rs"),
     ("install target/", "installs it"),
     ("stacyvm serve", "needs a terminal of its own; serve.rs"),
+    ("STACYVM_PROVIDERS_DEFAULT=docker stacyvm serve", "the server of the test; docker/everyday.rs"),
     ("stacyvm shell", "needs a terminal; commands/terminal.rs"),
     ("stacyvm events", "follows until Ctrl-C; commands/sandboxes.rs"),
     ("export STACYVM_URL=http://vm.example.com", "a machine that does not exist"),
@@ -32,8 +35,9 @@ const ELSEWHERE: [(&str, &str); 6] = [
 /// The section of the first page that needs a server of its own.
 const FOR_OTHERS: &str = "A server for others";
 
-/// `docker save`, on a machine that has the image.
-const DOCKER: &str = "#!/bin/sh\n[ \"$1\" = save ] && exec cat alpine.tar\n";
+/// `docker save`, on a machine that has the image; all else is docker's own.
+const DOCKER: &str = "#!/bin/sh\n[ \"$1\" = save ] && exec cat alpine.tar\n\
+                      PATH=/usr/local/bin:/usr/bin:/bin exec docker \"$@\"\n";
 
 struct Page {
     name: &'static str,
@@ -175,9 +179,25 @@ async fn the_page_about_the_contract_suite_runs() {
     assert!(ran.stdout().matches("PASS C01").count() >= 3 && ran.stdout().contains("<testsuite"), "{ran}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_about_docker_runs() {
+    let (site, other, daemon) = (Site::new(), Site::new(), Dockerd::shared());
+    let server = docker::start(&site, daemon, &[]).await;
+    let script = Page::open("docs/docker.md").script();
+    // The whole of it is what the tests of the provider run.
+    let script =
+        script.replace("stacyvm conformance --provider docker", "stacyvm conformance --only C0 --provider docker");
+    let script = format!("export DOCKER_HOST=unix://{}\n{script}", daemon.socket().display());
+    let ran = run_script(&other, &server.url, &script).await;
+    for part in ["docker.runtime", "\n42\n", "stacyvm-network true", "PASS C01"] {
+        assert!(ran.stdout().contains(part), "{part}: {ran}");
+    }
+}
+
 #[test]
 fn nothing_is_left_out_that_is_no_longer_there() {
-    let pages = ["README.md", "docs/getting-started.md", "docs/images.md", "docs/conformance.md"].map(Page::open);
+    let pages = ["README.md", "docs/getting-started.md", "docs/images.md", "docs/conformance.md", "docs/docker.md"]
+        .map(Page::open);
     for (beginning, reason) in ELSEWHERE {
         let stands = pages.iter().any(|page| page.text.lines().any(|line| line.starts_with(beginning)));
         assert!(stands, "no page has `{beginning}` any more ({reason})");

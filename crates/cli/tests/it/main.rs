@@ -3,6 +3,7 @@
 
 mod architecture;
 mod commands;
+mod docker;
 mod docs;
 mod hostile;
 mod leaks;

@@ -14,7 +14,8 @@ use tokio::time::sleep;
 use crate::support::{Server, Site, create, eventually, eventually_equal, output, run, script, sh, small, within};
 
 /// Writes numbered lines until it is told to end.
-const COUNT: &str = "i=0; while [ ! -e /tmp/stop ]; do echo line $i; i=$((i+1)); sleep 0.01; done; echo end; exit 6";
+pub(crate) const COUNT: &str =
+    "i=0; while [ ! -e /tmp/stop ]; do echo line $i; i=$((i+1)); sleep 0.01; done; echo end; exit 6";
 
 /// A server in the middle of things, killed with all of them under way.
 struct Killed {
@@ -117,7 +118,7 @@ async fn sandboxes_and_their_commands_survive_and_what_died_is_marked() {
 }
 
 /// Output of a command from an offset to its end, and its exit.
-async fn read_on(sandbox: &SandboxClient, command: &ExecId, offset: u64) -> (Vec<u8>, i32) {
+pub(crate) async fn read_on(sandbox: &SandboxClient, command: &ExecId, offset: u64) -> (Vec<u8>, i32) {
     let mut attached = sandbox.attach(command.clone(), offset).await.expect("attached");
     let (mut bytes, mut position) = (Vec::new(), offset);
     loop {

@@ -9,6 +9,7 @@
 //! Ending the server leaves sandboxes and their commands running; the next
 //! start takes them up again. `--destroy-on-exit` destroys them instead.
 
+mod docker;
 mod logging;
 mod options;
 mod port;

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use stacyvm_api::NetworkMode;
-use stacyvm_engine::{EngineOptions, Limits, Retention, SandboxDefaults, ServerSecret, SpawnOverflow};
+use stacyvm_engine::{
+    EngineOptions, Limits, Retention, SandboxDefaults, ServerSecret, SpawnOverflow, Timing, UnknownSandboxes,
+};
 use stacyvm_image::ImageStoreOptions;
 use stacyvm_server::{
     AdminFallback, Authentication, PreviewOptions, ProbeAccess, RateLimitKey, RateLimitOptions, Secret, ServerOptions,
@@ -13,7 +15,7 @@ use stacyvm_server::{
 };
 
 use crate::commands::version;
-use crate::config::{Config, DatabaseDriver, Environment, OverflowMode, RateLimit, RateLimitBy};
+use crate::config::{Config, DatabaseDriver, Environment, OverflowMode, RateLimit, RateLimitBy, UnknownPolicy};
 use crate::data_dir::SECRET_BYTES;
 
 /// The image store's place in the data directory.
@@ -55,6 +57,11 @@ pub(super) fn engine(
                 timeout: defaults.spawn_queue_timeout.get(),
             },
         },
+        unknown_sandboxes: match config.providers.unknown_sandboxes {
+            UnknownPolicy::Remove => UnknownSandboxes::Remove,
+            UnknownPolicy::Adopt => UnknownSandboxes::Adopt,
+        },
+        timing: Timing { reconcile_interval: config.providers.reconcile_interval.get(), ..Timing::default() },
         retention: Retention {
             destroyed_sandboxes: config.retention.destroyed_sandboxes.get(),
             exec_log: config.retention.exec_log.get(),
@@ -133,19 +140,27 @@ fn rate_limit(settings: &RateLimit) -> Option<RateLimitOptions> {
 /// The image store, which `oci` and `stacyvm image` share.
 pub(crate) fn image_store(config: &Config, data_dir: &Path, environment: &Environment) -> ImageStoreOptions {
     let images = &config.images;
-    let of_home = || {
-        let path = environment.home.as_ref()?.join(".docker/config.json");
-        path.exists().then_some(path)
-    };
     ImageStoreOptions {
         max_bytes: images.max_size_mb << 20,
-        docker_config: images.docker_config.clone().or_else(of_home),
+        docker_config: docker_config(config, environment),
         plain_http_registries: images.plain_http_registries.clone(),
         ..ImageStoreOptions::new(data_dir.join(IMAGES_DIR))
     }
 }
 
-fn non_blank(text: &str) -> Option<String> {
+/// Docker's `config.json` with registry credentials.
+pub(super) fn docker_config(config: &Config, environment: &Environment) -> Option<PathBuf> {
+    let of_user = || Some(docker_dir(environment)?.join("config.json")).filter(|path| path.exists());
+    config.images.docker_config.clone().or_else(of_user)
+}
+
+/// Where docker's own client keeps its configuration.
+pub(super) fn docker_dir(environment: &Environment) -> Option<PathBuf> {
+    let of_home = || environment.home.as_ref().map(|home| home.join(".docker"));
+    environment.get("DOCKER_CONFIG").map(PathBuf::from).or_else(of_home)
+}
+
+pub(super) fn non_blank(text: &str) -> Option<String> {
     let text = text.trim();
     (!text.is_empty()).then(|| text.to_owned())
 }

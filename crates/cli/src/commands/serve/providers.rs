@@ -7,10 +7,12 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use stacyvm_api::FindingLevel;
 use stacyvm_image::ImageStore;
+use stacyvm_providers::docker::DockerProvider;
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_providers::oci::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciProvider, OciRuntime};
 use stacyvm_sandbox::Provider;
 
+use super::docker;
 use super::options::image_store;
 use crate::config::{Config, Environment};
 use crate::failure::Advice;
@@ -18,7 +20,7 @@ use crate::failure::Advice;
 const AUTO: &str = "auto";
 
 /// Every provider this program can have.
-const KNOWN: [&str; 2] = ["oci", "mock"];
+const KNOWN: [&str; 3] = ["oci", "docker", "mock"];
 
 /// The providers of a server.
 pub(super) struct Chosen {
@@ -38,7 +40,7 @@ pub(super) async fn open(config: &Config, data_dir: &Path, environment: &Environ
     if wanted != AUTO && !KNOWN.contains(&wanted) {
         return Err(Advice::new(
             format!("there is no provider `{wanted}`"),
-            format!("set providers.default to auto, {}", KNOWN.join(" or ")),
+            format!("set providers.default to auto, {}", names()),
         )
         .into());
     }
@@ -49,7 +51,11 @@ pub(super) async fn open(config: &Config, data_dir: &Path, environment: &Environ
     let (default, why) = match (wanted, all.first()) {
         (AUTO, Some(first)) => (first.name().to_owned(), reason(first.name())),
         (AUTO, None) => {
-            return Err(Advice::new("no provider is enabled", "set providers.oci.enabled to true").into());
+            return Err(Advice::new(
+                "no provider is enabled",
+                "set providers.oci.enabled or providers.docker.enabled to true",
+            )
+            .into());
         }
         (wanted, _) => (wanted.to_owned(), "as configured"),
     };
@@ -77,10 +83,12 @@ pub(crate) async fn open_one(
             let provider = OciProvider::open(options).await;
             Ok(Arc::new(provider.context("the provider oci cannot be used")?))
         }
-        "mock" => Ok(Arc::new(MockProvider::default())),
-        other => {
-            Err(Advice::new(format!("there is no provider `{other}`"), format!("use {}", KNOWN.join(" or "))).into())
+        "docker" => {
+            let provider = DockerProvider::open(docker::options(config, data_dir, environment)?);
+            Ok(Arc::new(provider.context("the provider docker cannot be used")?))
         }
+        "mock" => Ok(Arc::new(MockProvider::default())),
+        other => Err(Advice::new(format!("there is no provider `{other}`"), format!("use {}", names())).into()),
     }
 }
 
@@ -88,10 +96,16 @@ pub(crate) async fn open_one(
 fn enabled(config: &Config) -> Vec<&'static str> {
     let switched_on = |name: &str| match name {
         "oci" => config.oci.enabled,
+        "docker" => config.docker.enabled,
         "mock" => config.mock.enabled,
         _ => false,
     };
     KNOWN.into_iter().filter(|name| switched_on(name) || config.providers.default == *name).collect()
+}
+
+fn names() -> String {
+    let [others @ .., last] = KNOWN;
+    format!("{} or {last}", others.join(", "))
 }
 
 fn reason(name: &str) -> &'static str {
