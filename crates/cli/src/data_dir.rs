@@ -82,12 +82,35 @@ impl DataDirLock {
     }
 }
 
-fn in_use(dir: &Path, file: &mut File) -> Advice {
+/// Whether a server has used the directory, now or earlier.
+pub(crate) fn had_server(dir: &Path) -> bool {
+    dir.join(LOCK_FILE).exists()
+}
+
+/// Who holds a data directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Holder {
+    /// Process id, where the holder wrote it.
+    pub(crate) pid: Option<u32>,
+}
+
+/// The server that holds the directory now, if one does. Changes nothing.
+pub(crate) fn holder(dir: &Path) -> Option<Holder> {
+    let mut file = File::open(dir.join(LOCK_FILE)).ok()?;
+    match file.try_lock_shared() {
+        Err(std::fs::TryLockError::WouldBlock) => Some(Holder { pid: written_pid(&mut file) }),
+        Ok(()) | Err(std::fs::TryLockError::Error(_)) => None,
+    }
+}
+
+fn written_pid(file: &mut File) -> Option<u32> {
     let mut text = String::new();
-    let holder = match file.read_to_string(&mut text) {
-        Ok(_) => text.trim().parse::<u32>().ok(),
-        Err(_) => None,
-    };
+    file.read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+fn in_use(dir: &Path, file: &mut File) -> Advice {
+    let holder = written_pid(file);
     let who = holder.map_or_else(|| "another server".to_owned(), |pid| format!("another server (process {pid})"));
     Advice::new(
         format!("{who} uses the data directory {}", dir.display()),
@@ -157,8 +180,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let lock = DataDirLock::take(dir.path()).unwrap();
         let error = DataDirLock::take(dir.path()).unwrap_err().to_string();
+        assert_eq!(holder(dir.path()), Some(Holder { pid: Some(std::process::id()) }));
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         drop(lock);
+        assert_eq!(holder(dir.path()), None);
         DataDirLock::take(dir.path()).unwrap();
     }
 }

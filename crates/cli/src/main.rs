@@ -5,11 +5,13 @@
 //! its name below `commands`.
 
 mod agent;
+mod check;
 mod commands;
 mod config;
 mod data_dir;
 mod failure;
 mod output;
+mod private_file;
 mod terminal;
 
 use std::process::ExitCode;

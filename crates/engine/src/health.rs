@@ -117,6 +117,8 @@ fn capabilities(provider: &dyn Provider) -> Vec<String> {
         ("network", offered.network),
         ("pause", offered.pause),
         ("oom_ends_sandbox", offered.oom_ends_sandbox),
+        // Programs are not run: tests leave out what needs real ones.
+        ("imitated", offered.imitated),
     ];
     let extra = optional.into_iter().filter(|(_, offered)| *offered).map(|(name, _)| name);
     let family = std::iter::once(offered.family).filter(|family| !family.is_empty());

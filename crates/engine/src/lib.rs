@@ -51,4 +51,4 @@ pub use metrics::{
 pub use options::{
     EngineOptions, Limits, Retention, SandboxDefaults, ServerSecret, SpawnOverflow, Timing, UnknownSandboxes,
 };
-pub use store::StoreError;
+pub use store::{MigrationState, StoreError, StoreFile, StoreMigration, StoreStatistics};

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use crate::{ApiError, ClientError};
 
 /// Time to reach the server. Requests themselves have no deadline.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Silence after which the kernel asks whether the peer is still there.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(30);
@@ -183,7 +183,7 @@ impl Client {
     }
 
     /// The body, cut soon after `limit` bytes.
-    async fn bounded_body(&self, mut response: Response, limit: usize) -> Result<Vec<u8>, ClientError> {
+    pub(crate) async fn bounded_body(&self, mut response: Response, limit: usize) -> Result<Vec<u8>, ClientError> {
         let mut body = Vec::new();
         while body.len() <= limit {
             match response.chunk().await.map_err(|error| transport(self.server(), error))? {

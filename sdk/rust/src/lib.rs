@@ -43,6 +43,6 @@ pub use error::{ApiError, ClientError};
 pub use event::{EventStream, EventsOptions};
 pub use exec::{Channel, ExecEvent, ExecStream, Exit};
 pub use file::{Download, UploadOptions, WatchOptions, WatchStream};
-pub use port::Forwarded;
+pub use port::{Forwarded, PreviewAnswer};
 pub use sandbox::{Page, SandboxClient};
 pub use terminal::{Terminal, TerminalInput, TerminalOutput, TerminalSize};

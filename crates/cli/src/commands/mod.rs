@@ -2,30 +2,39 @@
 
 mod audit;
 mod completion;
+mod config;
 mod conformance;
 mod cp;
 mod create;
+mod db;
+mod doctor;
 mod events;
 mod exec;
 mod extend;
 mod forward;
 mod health;
 mod image;
+mod init;
 mod inspect;
 mod key;
 mod kill;
 mod list;
 mod logs;
+mod man;
 mod ports;
 mod preview;
 mod providers;
 mod ps;
 mod run;
 mod serve;
+mod settings;
 mod shell;
+mod smoke;
 mod spawn;
 mod stats;
+mod support;
 mod template;
+mod upgrade;
 mod version;
 
 #[cfg(test)]
@@ -40,6 +49,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::output::{Form, Output};
+pub(crate) use serve::KNOWN_PROVIDERS;
 
 /// Where `stacyvm serve` listens unless told otherwise.
 const DEFAULT_SERVER: &str = "http://127.0.0.1:7423";
@@ -103,10 +113,18 @@ enum Command {
     Audit(audit::AuditArgs),
     Image(image::ImageArgs),
     Providers(providers::ProvidersArgs),
+    Smoke(smoke::SmokeArgs),
     Conformance(conformance::ConformanceArgs),
+    Init(init::InitArgs),
+    Doctor(doctor::DoctorArgs),
+    Config(config::ConfigArgs),
+    Db(db::DbArgs),
+    Upgrade(upgrade::UpgradeArgs),
+    Support(support::SupportArgs),
     Health(health::HealthArgs),
     Version(version::VersionArgs),
     Completion(completion::CompletionArgs),
+    Man(man::ManArgs),
 }
 
 /// What every command works with.
@@ -146,8 +164,14 @@ impl Cli {
             Command::Exec(args) => return exec::run(&context, args).await,
             Command::Shell(args) => return shell::run(&context, args).await,
             Command::Health(args) => return health::run(&context, &args).await,
+            Command::Smoke(args) => return smoke::run(&context, &args).await,
+            Command::Doctor(args) => return doctor::run(&context, &args).await,
+            Command::Config(args) => return config::run(&context, &args),
+            Command::Db(args) => return db::run(&context, &args).await,
+            Command::Upgrade(args) => return upgrade::run(&context, &args).await,
             Command::Serve(args) => serve::run(&context, *args).await,
             Command::Image(args) => image::run(&context, args).await,
+            Command::Init(args) => init::run(&context, &args).await,
             Command::Spawn(args) => spawn::run(&context, *args).await,
             Command::Cp(args) => cp::run(&context, args).await,
             Command::List(args) => list::run(&context, args).await,
@@ -165,8 +189,10 @@ impl Cli {
             Command::Key(args) => key::run(&context, args).await,
             Command::Audit(args) => audit::run(&context, args).await,
             Command::Providers(args) => providers::run(&context, args).await,
+            Command::Support(args) => support::run(&context, &args).await,
             Command::Version(args) => version::run(&context, &args).await,
             Command::Completion(args) => completion::run(&args),
+            Command::Man(args) => man::run(&args),
         };
         done.map(|()| ExitCode::SUCCESS)
     }

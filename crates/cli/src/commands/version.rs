@@ -37,11 +37,25 @@ pub(crate) async fn run(context: &Context, VersionArgs {}: &VersionArgs) -> anyh
     })
 }
 
+/// Words of the build, known when it was made.
+pub(crate) struct Build {
+    pub(crate) version: &'static str,
+    pub(crate) commit: &'static str,
+}
+
+pub(crate) const BUILD: Build = Build {
+    version: env!("CARGO_PKG_VERSION"),
+    commit: match option_env!("STACYVM_BUILD_COMMIT") {
+        Some(commit) => commit,
+        None => "unknown",
+    },
+};
+
 /// What this binary is.
 pub(crate) fn this() -> Version {
     Version {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        commit: option_env!("STACYVM_BUILD_COMMIT").unwrap_or("unknown").to_owned(),
+        version: BUILD.version.to_owned(),
+        commit: BUILD.commit.to_owned(),
         os: std::env::consts::OS.to_owned(),
         arch: std::env::consts::ARCH.to_owned(),
         envd_version: stacyvm_envd::ENVD_VERSION.to_owned(),

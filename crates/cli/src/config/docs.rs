@@ -1,15 +1,18 @@
-//! Keeps the table in `docs/configuration.md` equal to the schema.
+//! Keeps the table in `docs/configuration.md`, and the schema for editors
+//! beside it, equal to the settings there are.
 //!
 //! `UPDATE_DOCS=1 cargo test -p stacyvm config::docs` writes it anew.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
+use crate::config::json_schema::json_schema;
 use crate::config::reserved::RESERVED;
 use crate::config::schema::{Entry, entries};
 use crate::config::setting::Shape;
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/configuration.md");
+const SCHEMA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/configuration.schema.json");
 const BEGIN: &str = "<!-- settings:begin, written by `UPDATE_DOCS=1 cargo test -p stacyvm config::docs` -->\n";
 const END: &str = "<!-- settings:end -->\n";
 
@@ -24,6 +27,20 @@ fn the_page_lists_every_setting() {
         return;
     }
     assert!(page == fresh, "docs/configuration.md is not what the schema says: run the command named on the page");
+}
+
+#[test]
+fn the_schema_for_editors_knows_every_setting() {
+    let fresh = format!("{:#}\n", json_schema());
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(SCHEMA, &fresh).expect("the schema can be written");
+        return;
+    }
+    let checked_in = std::fs::read_to_string(SCHEMA).unwrap_or_default();
+    assert!(
+        checked_in == fresh,
+        "docs/configuration.schema.json is not what `stacyvm config schema` prints: write it anew"
+    );
 }
 
 fn table() -> String {
@@ -48,6 +65,7 @@ fn kind(entry: &Entry) -> String {
     match entry.shape {
         Shape::Text => "text".to_owned(),
         Shape::Secret => "secret".to_owned(),
+        Shape::Secrets => "secrets".to_owned(),
         Shape::Number => "whole number".to_owned(),
         Shape::Fraction => "number".to_owned(),
         Shape::Switch => "true or false".to_owned(),
@@ -63,5 +81,5 @@ fn default(entry: &Entry) -> String {
 }
 
 fn meaning(entry: &Entry) -> String {
-    entry.doc.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ").replace('|', "\\|")
+    entry.meaning().replace('|', "\\|")
 }

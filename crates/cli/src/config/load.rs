@@ -10,6 +10,7 @@ use crate::config::problem::{ConfigError, Problem};
 use crate::config::reserved::{Absence, RESERVED, Reserved};
 use crate::config::schema::{Config, Entry, Server, entries, find};
 use crate::config::setting::{Raw, Secret, Setting, Shape};
+use crate::config::settings::{Settings, Source};
 use crate::config::site;
 use crate::config::source::{Keys, MAX_FILE_BYTES, Placed, parse_file};
 
@@ -17,8 +18,18 @@ const ENV_PREFIX: &str = "STACYVM_";
 
 /// Variables of our name that are not settings: what the client reads, what
 /// picks the file, and what builds and tests use.
-const OTHER_VARIABLES: [&str; 5] =
-    ["STACYVM_CONFIG", "STACYVM_URL", "STACYVM_API_KEY", "STACYVM_OWNER", "STACYVM_AGENT_BINARY"];
+const OTHER_VARIABLES: [&str; 10] = [
+    "STACYVM_AGENT_BINARY",
+    "STACYVM_API_KEY",
+    "STACYVM_CONFIG",
+    "STACYVM_FIRECRACKER_KERNEL",
+    "STACYVM_OWNER",
+    "STACYVM_PROOT_ROOTFS",
+    "STACYVM_PROOT_WORKSPACE_BASE",
+    "STACYVM_SMOKE_TIMEOUT",
+    "STACYVM_SMOKE_URL",
+    "STACYVM_URL",
+];
 
 /// Every comparison asks every runtime and pings every sandbox.
 const MIN_RECONCILE_INTERVAL: Duration = Duration::from_secs(1);
@@ -53,14 +64,34 @@ impl Environment {
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) config: Config,
+    /// The same, value by value, with their places.
+    pub(crate) settings: Settings,
     pub(crate) file: Option<PathBuf>,
     /// What is not wrong but probably not meant.
     pub(crate) warnings: Vec<Problem>,
 }
 
+/// A setting given on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Given {
+    pub(crate) key: &'static str,
+    /// The option it was given with, such as `--port`.
+    pub(crate) option: &'static str,
+    pub(crate) text: String,
+}
+
 /// Reads the file that `explicit`, `STACYVM_CONFIG` or the usual places name,
 /// lays the environment over it and checks the whole.
 pub(crate) fn load(explicit: Option<&Path>, environment: &Environment) -> Result<Loaded, ConfigError> {
+    load_with(explicit, environment, &[])
+}
+
+/// [`load`], with what was given on the command line over all of it.
+pub(crate) fn load_with(
+    explicit: Option<&Path>,
+    environment: &Environment,
+    given: &[Given],
+) -> Result<Loaded, ConfigError> {
     let mut problems = Vec::new();
     let file = find_file(explicit, environment);
     let settings = match &file {
@@ -70,41 +101,63 @@ pub(crate) fn load(explicit: Option<&Path>, environment: &Environment) -> Result
         }
         None => BTreeMap::new(),
     };
-    let mut reader = Reader { file: settings, environment, problems };
+    let mut reader = Reader { file: settings, environment, given, problems };
     let mut config = Config::read(&mut reader);
+    let mut settings = reader.settings();
     let mut warnings = reader.reserved();
     warnings.extend(unknown_variables(environment));
     let Reader { mut problems, .. } = reader;
-    resolve_key_files(&mut config, &mut problems);
+    resolve_key_files(&mut config, &mut settings, &mut problems);
     check(&config, &mut problems);
-    if problems.is_empty() { Ok(Loaded { config, file, warnings }) } else { Err(ConfigError::Invalid(problems)) }
+    if !problems.is_empty() {
+        return Err(ConfigError::Invalid(problems));
+    }
+    Ok(Loaded { config, settings, file, warnings })
 }
 
 /// Hands out settings one by one and keeps what is wrong with them.
 pub(crate) struct Reader<'a> {
     file: BTreeMap<String, Placed>,
     environment: &'a Environment,
+    given: &'a [Given],
     problems: Vec<Problem>,
 }
 
 impl Reader<'_> {
-    /// The setting's value: from the environment, the file, or its default.
+    /// The setting's value: from the command line, the environment, the file,
+    /// or its default.
     pub(crate) fn read<T: Setting>(&mut self, entry: &Entry) -> T {
         if let Some(placed) = self.written(entry) {
             match T::from_raw(&placed.raw) {
                 Ok(value) => return value,
-                Err(why) => self.problems.push(Problem::new(placed.place, format!("`{}` {why}", entry.key))),
+                Err(why) => {
+                    self.problems.push(Problem::new(placed.source.to_string(), format!("`{}` {why}", entry.key)));
+                }
             }
         }
         T::parse(entry.default).unwrap_or_else(|why| unreachable!("the default of {}: {why}", entry.key))
     }
 
     fn written(&self, entry: &Entry) -> Option<Placed> {
+        let scalar = |text: &str| Raw::Scalar { text: text.to_owned(), quoted: false };
+        if let Some(given) = self.given.iter().find(|given| given.key == entry.key) {
+            return Some(Placed { source: Source::Option(given.option), raw: scalar(&given.text) });
+        }
         let name = entry.env_name();
         if let Some(text) = self.environment.get(&name) {
-            return Some(Placed { place: name, raw: Raw::Scalar { text: text.to_owned(), quoted: false } });
+            return Some(Placed { raw: scalar(text), source: Source::Environment(name) });
         }
         self.file.get(entry.key).cloned()
+    }
+
+    /// Every setting with its place.
+    fn settings(&self) -> Settings {
+        let mut settings = Settings::default();
+        for entry in entries() {
+            let written = self.written(entry);
+            settings.push(entry, written.as_ref().map(|placed| (placed.source.clone(), &placed.raw)));
+        }
+        settings
     }
 
     /// Warnings about keys without an effect; those that matter are problems.
@@ -117,9 +170,9 @@ impl Reader<'_> {
             }
             let message = format!("`{}` has no effect: this version does not have what it sets", entry.key);
             match absence {
-                Absence::Harmless => warnings.push(Problem::new(placed.place, message)),
+                Absence::Harmless => warnings.push(Problem::new(placed.source.to_string(), message)),
                 Absence::Refused => self.problems.push(
-                    Problem::new(placed.place, message)
+                    Problem::new(placed.source.to_string(), message)
                         .hint("take it out if the server may run without that protection"),
                 ),
             }
@@ -227,7 +280,7 @@ fn unknown_variables(environment: &Environment) -> Vec<Problem> {
 }
 
 /// Keys may be kept in files of their own, as secret stores hand them out.
-fn resolve_key_files(config: &mut Config, problems: &mut Vec<Problem>) {
+fn resolve_key_files(config: &mut Config, settings: &mut Settings, problems: &mut Vec<Problem>) {
     let auth = &mut config.auth;
     for (key, inline, file) in [
         ("auth.api_key", &mut auth.api_key, &auth.api_key_file),
@@ -242,7 +295,11 @@ fn resolve_key_files(config: &mut Config, problems: &mut Vec<Problem>) {
             Ok(text) if text.trim().is_empty() => {
                 problems.push(Problem::new(format!("{key}_file"), format!("{} is empty", path.display())));
             }
-            Ok(text) => *inline = Some(Secret::new(text.trim())),
+            Ok(text) => {
+                let secret = Secret::new(text.trim());
+                settings.set_from_key_file(key, path, &secret);
+                *inline = Some(secret);
+            }
             Err(error) => {
                 problems.push(Problem::new(format!("{key}_file"), format!("cannot read {}: {error}", path.display())));
             }
@@ -367,7 +424,7 @@ mod tests {
     fn every_default_can_be_read() {
         // `read` panics for a default that its own type refuses.
         let environment = environment(&[]);
-        let mut reader = Reader { file: BTreeMap::new(), environment: &environment, problems: Vec::new() };
+        let mut reader = Reader { file: BTreeMap::new(), environment: &environment, given: &[], problems: Vec::new() };
         Config::read(&mut reader);
         assert_eq!(reader.problems, []);
     }
@@ -380,6 +437,31 @@ mod tests {
         let server = load_text(text, &variables).unwrap().config.server;
         assert_eq!((server.port, server.host.as_str()), (2, "127.0.0.2"));
         assert_eq!(server.allowed_hosts, ["c", "d"]);
+    }
+
+    #[test]
+    fn every_value_has_a_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, key) = (dir.path().join("stacyvm.yaml"), dir.path().join("key"));
+        std::fs::write(&key, "k\n").unwrap();
+        std::fs::write(&file, format!("server:\n  port: 1\n  host: x\nauth:\n  api_key_file: {}\n", key.display()))
+            .unwrap();
+        let environment = Environment {
+            current_dir: dir.path().to_owned(),
+            ..environment(&[("STACYVM_SERVER_PORT", "2"), ("STACYVM_LOGGING_LEVEL", "debug")])
+        };
+        let given = [Given { key: "server.port", option: "--port", text: "3".to_owned() }];
+        let loaded = load_with(None, &environment, &given).unwrap();
+        assert_eq!(loaded.config.server.port, 3);
+        let place = |key: &str| loaded.settings.get(key).unwrap().source.to_string();
+        assert_eq!(place("server.port"), "--port");
+        assert_eq!(place("server.host"), "stacyvm.yaml:3");
+        assert_eq!(place("logging.level"), "STACYVM_LOGGING_LEVEL");
+        assert_eq!(place("defaults.ttl"), "default");
+        assert_eq!(place("auth.api_key"), key.display().to_string());
+        let bad = [Given { key: "server.port", option: "--port", text: "x".to_owned() }];
+        let error = load_with(None, &environment, &bad).unwrap_err().to_string();
+        assert_eq!(error, "--port: `server.port` must be a whole number, not `x`");
     }
 
     #[test]

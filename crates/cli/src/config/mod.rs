@@ -6,20 +6,28 @@
 //! is wrong is reported all at once, each with its place: an unknown key names
 //! the nearest known one, a wrong type names key and line.
 
+mod json_schema;
+mod lint;
 mod load;
 mod problem;
 mod reserved;
 mod schema;
 mod setting;
+mod settings;
 mod site;
 mod source;
 
 #[cfg(test)]
 mod docs;
 
-pub(crate) use load::{Environment, load};
+pub(crate) use json_schema::json_schema;
+pub(crate) use lint::lint;
+pub(crate) use load::{Environment, Given, Loaded, load, load_with};
+pub(crate) use problem::ConfigError;
 pub(crate) use schema::{
     Config, DatabaseDriver, Docker, LogFormat, Logging, OverflowMode, PreviewMode, RateLimit, RateLimitBy,
     UnknownPolicy,
 };
-pub(crate) use setting::Secret;
+pub(crate) use schema::{default_of, meaning_of, shape_of};
+pub(crate) use setting::{Secret, Setting, Shape};
+pub(crate) use settings::{Content, Settings, Source, Value};

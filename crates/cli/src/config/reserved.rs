@@ -33,13 +33,7 @@ const fn refused(key: &'static str, shape: Shape, default: &'static str) -> Rese
 }
 
 const fn entry(key: &'static str, shape: Shape, default: &'static str) -> Entry {
-    Entry {
-        key,
-        shape,
-        default,
-        #[cfg(test)]
-        doc: &[],
-    }
+    Entry { key, shape, default, doc: &[] }
 }
 
 /// Sorted by section, as in control-plane 3.2.
@@ -90,10 +84,10 @@ pub(crate) const RESERVED: &[Reserved] = &[
     harmless("defaults.pool_template", Shape::Text, ""),
     harmless("auth.worker_token", Shape::Secret, ""),
     harmless("auth.worker_token_file", Shape::Text, ""),
-    harmless("auth.worker_tokens", Shape::Map, ""),
+    harmless("auth.worker_tokens", Shape::Secrets, ""),
     harmless("auth.worker_signing_key", Shape::Secret, ""),
     harmless("auth.worker_signing_key_file", Shape::Text, ""),
-    harmless("auth.worker_signing_keys", Shape::List, ""),
+    harmless("auth.worker_signing_keys", Shape::Secrets, ""),
     harmless("auth.worker_revoked_token_ids", Shape::List, ""),
     refused("auth.oidc_enabled", Shape::Switch, "false"),
     refused("auth.oidc_issuer", Shape::Text, ""),

@@ -20,12 +20,16 @@ pub(crate) struct Entry {
     pub(crate) shape: Shape,
     /// As it would be written in an environment variable.
     pub(crate) default: &'static str,
-    /// Lines of the doc comment, for the page.
-    #[cfg(test)]
+    /// Lines of the doc comment, for the page and for editors.
     pub(crate) doc: &'static [&'static str],
 }
 
 impl Entry {
+    /// The doc comment in one line.
+    pub(crate) fn meaning(&self) -> String {
+        self.doc.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
+    }
+
     /// `STACYVM_` and the key in upper case, dots as underscores.
     pub(crate) fn env_name(&self) -> String {
         format!("STACYVM_{}", self.key.replace('.', "_").to_uppercase())
@@ -68,7 +72,6 @@ macro_rules! config {
                         key: concat!($prefix, stringify!($field)),
                         shape: <$type as Setting>::SHAPE,
                         default: $default,
-                        #[cfg(test)]
                         doc: &[$($doc),+],
                     },
                 )+];
@@ -348,6 +351,21 @@ choice! {
 /// Whether a setting of this name exists, with or without an effect.
 pub(crate) fn find(key: &str) -> Option<&'static Entry> {
     entries().chain(RESERVED.iter().map(|reserved| &reserved.entry)).find(|entry| entry.key == key)
+}
+
+/// The kind of value a setting has.
+pub(crate) fn shape_of(key: &str) -> Option<Shape> {
+    find(key).map(|entry| entry.shape)
+}
+
+/// What a setting means, in one line.
+pub(crate) fn meaning_of(key: &str) -> String {
+    find(key).map(Entry::meaning).unwrap_or_default()
+}
+
+/// The default of a setting that may be without an effect here.
+pub(crate) fn default_of(key: &str) -> &'static str {
+    find(key).map_or("", |entry| entry.default)
 }
 
 #[cfg(test)]

@@ -19,6 +19,8 @@ pub(crate) enum Raw {
 pub(crate) enum Shape {
     Text,
     Secret,
+    /// A list, or names and values, of secrets.
+    Secrets,
     Number,
     Fraction,
     Switch,
@@ -83,6 +85,7 @@ impl fmt::Display for Shape {
             Self::Switch => f.write_str("true or false"),
             Self::Duration => f.write_str("a duration such as 30s or 1h30m"),
             Self::List => f.write_str("a list"),
+            Self::Secrets => f.write_str("a list or section of texts"),
             Self::Map => f.write_str("a section of names and values"),
             Self::Choice(words) => write!(f, "one of {}", words.join(", ")),
         }

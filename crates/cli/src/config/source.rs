@@ -7,6 +7,7 @@ use saphyr_parser::{Parser, StrInput};
 
 use crate::config::problem::Problem;
 use crate::config::setting::Raw;
+use crate::config::settings::Source;
 
 /// Longest configuration that is read; ours are a few kilobytes.
 pub(crate) const MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -14,7 +15,7 @@ pub(crate) const MAX_FILE_BYTES: u64 = 1024 * 1024;
 /// A value and where it was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placed {
-    pub(crate) place: String,
+    pub(crate) source: Source,
     pub(crate) raw: Raw,
 }
 
@@ -71,12 +72,12 @@ struct Flat<'a> {
 }
 
 impl Flat<'_> {
-    fn place(&self, line: usize) -> String {
-        format!("{}:{line}", self.name)
+    fn at(&self, line: usize) -> Source {
+        Source::File { name: self.name.to_owned(), line }
     }
 
     fn problem(&mut self, line: usize, message: String) {
-        self.problems.push(Problem::new(self.place(line), message));
+        self.problems.push(Problem::new(self.at(line).to_string(), message));
     }
 
     fn section(&mut self, prefix: &str, node: &MarkedYaml<'_>) {
@@ -104,15 +105,15 @@ impl Flat<'_> {
                 // `key:` with nothing behind it leaves the default.
                 Ok(None) => {}
                 Ok(Some(raw)) => {
-                    let place = self.place(line);
-                    self.settings.insert(path.to_owned(), Placed { place, raw });
+                    let source = self.at(line);
+                    self.settings.insert(path.to_owned(), Placed { source, raw });
                 }
                 Err(message) => self.problem(line, format!("`{path}` {message}")),
             }
         } else if self.keys.is_section(path) {
             self.section(path, value);
         } else {
-            let problem = Problem::new(self.place(line), format!("unknown key `{path}`"));
+            let problem = Problem::new(self.at(line).to_string(), format!("unknown key `{path}`"));
             self.problems.push(match self.keys.nearest(path) {
                 Some(nearest) => problem.hint(format!("did you mean `{nearest}`?")),
                 None => problem,

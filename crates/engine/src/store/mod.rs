@@ -9,6 +9,7 @@ mod audit;
 mod catalog;
 mod events;
 mod execs;
+mod file;
 mod keys;
 mod ports;
 mod retention;
@@ -25,6 +26,8 @@ use sqlx::migrate::Migrator;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
+
+pub use file::{MigrationState, StoreFile, StoreMigration, StoreStatistics};
 
 pub(crate) use audit::{AuditFilter, AuditRow};
 pub(crate) use events::{StoredEvent, event_id};

@@ -28,6 +28,29 @@ pub(super) async fn check(runtime: &Runtime) -> HealthReport {
     report
 }
 
+/// What can be said of a host before anything is opened or made on it.
+pub(super) fn check_host() -> HealthReport {
+    let mut report = HealthReport::default();
+    kernel(&mut report);
+    overlay(&mut report);
+    let missing = cgroup::not_offered();
+    if missing.is_empty() {
+        report.ok("oci.cgroup", "the host has the controllers memory, cpu and pids");
+    }
+    for (controller, reason) in missing {
+        report.warn(
+            &format!("oci.cgroup.{controller}"),
+            format!("the {controller} limit cannot be enforced: {reason}"),
+            format!("mount a control group hierarchy that has {controller}"),
+        );
+    }
+    match network::nft() {
+        Some(path) => report.ok("oci.nft", format!("{} makes the rules of sandboxes' networks", path.display())),
+        None => report.warn("oci.nft", "sandboxes have no network: nft is not installed", "install nftables"),
+    }
+    report
+}
+
 fn kernel(report: &mut HealthReport) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());

@@ -68,6 +68,12 @@ use state::OnDisk;
 /// Stable name of this provider.
 const NAME: &str = "oci";
 
+/// Looks at what this provider needs of a host, without opening it: nothing is
+/// made or changed.
+pub fn check_host() -> HealthReport {
+    health::check_host()
+}
+
 /// The embedded runtime.
 pub struct OciProvider {
     runtime: Arc<Runtime>,

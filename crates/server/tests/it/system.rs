@@ -51,7 +51,7 @@ async fn providers_show_health_capabilities_and_settings() {
         );
         let capabilities: BTreeSet<&str> =
             provider["capabilities"].as_array().unwrap().iter().map(|item| item.as_str().unwrap()).collect();
-        for known in ["spawn", "exec", "exec_stream", "files", "console", "health"] {
+        for known in ["spawn", "exec", "exec_stream", "files", "console", "health", "imitated"] {
             assert!(capabilities.contains(known), "{known}: {capabilities:?}");
         }
     }

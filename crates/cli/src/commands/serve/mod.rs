@@ -15,10 +15,8 @@ mod options;
 mod port;
 mod providers;
 
-use std::path::PathBuf;
-
 use anyhow::Context as _;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::json;
 use stacyvm_api::{ListQuery, SandboxState};
 use stacyvm_engine::{Caller, Engine};
@@ -26,13 +24,15 @@ use stacyvm_server::{Server, ServerError};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::commands::Context;
-use crate::config::{self, Config, Environment, LogFormat};
+use crate::commands::settings::SettingArgs;
+use crate::config::{Config, Environment};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
 use crate::output::{Output, json_line, print};
 pub(crate) use options::{database, image_store};
+pub(crate) use port::owner as port_owner;
 use providers::Chosen;
-pub(crate) use providers::open_one;
+pub(crate) use providers::{KNOWN as KNOWN_PROVIDERS, enabled as enabled_providers, open_one};
 
 /// Run the server
 ///
@@ -50,34 +50,11 @@ pub(crate) use providers::open_one;
   stacyvm key create admin --scope admin --data-dir ./data && stacyvm serve --data-dir ./data --host 0.0.0.0
   stacyvm serve --config /etc/stacyvm.yaml --log-format json")]
 pub(crate) struct ServeArgs {
-    /// Configuration file
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Address to listen on; anything but loopback needs a key
-    #[arg(long)]
-    host: Option<String>,
-    /// Port to listen on; 0 takes a free one
-    #[arg(long)]
-    port: Option<u16>,
-    /// Directory of everything the server keeps
-    #[arg(long, value_name = "DIR")]
-    data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    settings: SettingArgs,
     /// Destroy every sandbox when the server ends
     #[arg(long)]
     destroy_on_exit: bool,
-    /// error, warn, info, debug or trace, or a filter such as info,stacyvm_engine=debug
-    #[arg(long, value_name = "LEVEL")]
-    log_level: Option<String>,
-    /// Form of the log
-    #[arg(long, value_name = "FORMAT")]
-    log_format: Option<LogFormatArg>,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum LogFormatArg {
-    Auto,
-    Json,
-    Pretty,
 }
 
 /// What happens to sandboxes when the server ends.
@@ -90,9 +67,8 @@ enum AtExit {
 pub(crate) async fn run(context: &Context, args: ServeArgs) -> anyhow::Result<()> {
     let at_exit = if args.destroy_on_exit { AtExit::Destroy } else { AtExit::LeaveRunning };
     let environment = Environment::of_this_process();
-    let loaded = config::load(args.config.as_deref(), &environment)?;
-    let mut config = loaded.config;
-    args.apply(&mut config);
+    let loaded = args.settings.load(&environment)?;
+    let config = loaded.config;
     logging::start(&config.logging)?;
     if let Some(file) = &loaded.file {
         tracing::info!(file = %file.display(), "configuration read");
@@ -140,31 +116,6 @@ async fn answer(
     announce(output, &server, chosen)?;
     server.serve(signals.first()).await;
     Ok(())
-}
-
-impl ServeArgs {
-    /// Lays the options over the configuration.
-    fn apply(&self, config: &mut Config) {
-        if let Some(host) = &self.host {
-            config.server.host.clone_from(host);
-        }
-        if let Some(port) = self.port {
-            config.server.port = port;
-        }
-        if self.data_dir.is_some() {
-            config.top.data_dir.clone_from(&self.data_dir);
-        }
-        if let Some(level) = &self.log_level {
-            config.logging.level.clone_from(level);
-        }
-        if let Some(format) = self.log_format {
-            config.logging.format = match format {
-                LogFormatArg::Auto => LogFormat::Auto,
-                LogFormatArg::Json => LogFormat::Json,
-                LogFormatArg::Pretty => LogFormat::Pretty,
-            };
-        }
-    }
 }
 
 async fn bind(config: &Config, engine: &Engine) -> anyhow::Result<Server> {

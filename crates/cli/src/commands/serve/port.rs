@@ -7,7 +7,7 @@ const LISTENING: &str = "0A";
 
 /// Name and id of the process that listens on a TCP port of this host, where
 /// that can be seen.
-pub(super) fn owner(port: u16) -> Option<String> {
+pub(crate) fn owner(port: u16) -> Option<String> {
     let socket = format!("socket:[{}]", listening_inode(port)?);
     for process in fs::read_dir("/proc").ok()?.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };

@@ -19,8 +19,9 @@ use crate::failure::Advice;
 
 const AUTO: &str = "auto";
 
-/// Every provider this program can have.
-const KNOWN: [&str; 3] = ["oci", "docker", "mock"];
+/// Every provider this program can have, in the order in which `auto` prefers
+/// them.
+pub(crate) const KNOWN: [&str; 3] = ["oci", "docker", "mock"];
 
 /// The providers of a server.
 pub(super) struct Chosen {
@@ -93,7 +94,7 @@ pub(crate) async fn open_one(
 }
 
 /// In the order in which `auto` prefers them. The default is always enabled.
-fn enabled(config: &Config) -> Vec<&'static str> {
+pub(crate) fn enabled(config: &Config) -> Vec<&'static str> {
     let switched_on = |name: &str| match name {
         "oci" => config.oci.enabled,
         "docker" => config.docker.enabled,

@@ -26,6 +26,12 @@ pub(super) const CONTROLLER_FIX: &str =
 pub(super) const DELEGATION_FIX: &str = "run the server as root, or on a host with cgroup v2 and systemd in a group that is this user's: \
      systemd-run --user --scope -p Delegate=yes stacyvm serve";
 
+/// Controllers that the host offers nowhere, and why. Changes nothing.
+pub(super) fn not_offered() -> Vec<(&'static str, String)> {
+    let (_, missing) = detect::controllers();
+    missing.into_iter().map(|(controller, reason)| (controller.name(), reason)).collect()
+}
+
 /// What a sandbox may use; zero means that nothing was asked.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Limits {

@@ -1,0 +1,213 @@
+//! Whether a server could start here: its directory, its disk, its port.
+
+use std::net::{TcpListener, ToSocketAddrs as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use stacyvm_api::Readiness;
+use stacyvm_client::Client;
+
+use crate::check::{Check, Strictness};
+use crate::commands::serve::{database, port_owner};
+use crate::config::Config;
+use crate::data_dir;
+use crate::output::bytes;
+
+/// Below this, the first image may not fit.
+const LITTLE_SPACE_BYTES: u64 = 5 << 30;
+const NO_SPACE_BYTES: u64 = 512 << 20;
+
+/// A sandbox takes a few descriptors of the server.
+const FEW_OPEN_FILES: u64 = 4096;
+
+/// How long a server that listens may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+
+pub(super) fn check(config: &Config, dir: &Path, strictness: Strictness) -> Vec<Check> {
+    let mut checks = vec![directory(dir, strictness)];
+    checks.extend(space(dir));
+    checks.push(store(config, dir));
+    checks.push(open_files());
+    checks
+}
+
+/// The data directory, which a server makes where it is missing.
+fn directory(dir: &Path, strictness: Strictness) -> Check {
+    const NAME: &str = "data_dir";
+    let shown = dir.display();
+    let Ok(metadata) = dir.metadata() else { return missing(dir) };
+    if !metadata.is_dir() {
+        return Check::fail(NAME, format!("{shown} is no directory"), "name another with --data-dir");
+    }
+    let user = rustix::process::geteuid().as_raw();
+    if metadata.uid() != user {
+        let message = format!("{shown} belongs to user {}, and this is user {user}", metadata.uid());
+        return Check::warn(NAME, message, "run the server, and the doctor, as its owner");
+    }
+    if metadata.mode() & 0o077 != 0 {
+        let message = format!("others of this host can look into {shown}");
+        return Check::new(strictness.risk(), NAME, message, format!("chmod 700 {shown}"));
+    }
+    match data_dir::holder(dir) {
+        Some(holder) => {
+            let pid = holder.pid.map(|pid| format!(" (process {pid})")).unwrap_or_default();
+            Check::pass(NAME, format!("{shown} is used by a server that runs{pid}"))
+        }
+        None => Check::pass(NAME, format!("{shown} is for its owner alone")),
+    }
+}
+
+fn missing(dir: &Path) -> Check {
+    const NAME: &str = "data_dir";
+    let shown = dir.display();
+    match existing_ancestor(dir) {
+        Some(parent) if !parent.is_dir() => {
+            Check::fail(NAME, format!("{} is no directory", parent.display()), "name another with --data-dir")
+        }
+        Some(parent) if rustix::fs::access(&parent, rustix::fs::Access::WRITE_OK).is_err() => {
+            let message = format!("{shown} is missing and cannot be made in {}", parent.display());
+            Check::fail(NAME, message, "name another with --data-dir, or run the server as root")
+        }
+        _ => Check::pass(NAME, format!("{shown} is made by the first start")),
+    }
+}
+
+fn existing_ancestor(dir: &Path) -> Option<PathBuf> {
+    dir.ancestors().find(|path| path.exists()).map(Path::to_owned)
+}
+
+fn space(dir: &Path) -> Option<Check> {
+    const NAME: &str = "data_dir.space";
+    let place = existing_ancestor(dir)?;
+    let statistics = rustix::fs::statvfs(&place).ok()?;
+    let free = statistics.f_bavail.saturating_mul(statistics.f_frsize);
+    let message = format!("{} are free at {}", bytes(free), place.display());
+    let fix = "free some, or name a directory on a larger disk with --data-dir";
+    Some(if free < NO_SPACE_BYTES {
+        Check::fail(NAME, message, fix)
+    } else if free < LITTLE_SPACE_BYTES {
+        Check::warn(NAME, message, fix)
+    } else {
+        Check::pass(NAME, message)
+    })
+}
+
+/// Whether the store is there; `stacyvm db check` looks into it.
+fn store(config: &Config, dir: &Path) -> Check {
+    const NAME: &str = "database.path";
+    let file = database(config, dir);
+    let shown = file.display();
+    let Ok(metadata) = file.metadata() else {
+        return match file.parent().map(Path::is_dir) {
+            Some(true) => Check::pass(NAME, format!("{shown} is made by the first start")),
+            _ if file.starts_with(dir) => Check::pass(NAME, format!("{shown} is made by the first start")),
+            _ => Check::warn(NAME, format!("the directory of {shown} is missing"), "make it, or correct database.path"),
+        };
+    };
+    if !metadata.is_file() {
+        return Check::fail(NAME, format!("{shown} is no file"), "correct database.path");
+    }
+    Check::pass(NAME, format!("{shown}, {}", bytes(metadata.len())))
+}
+
+fn open_files() -> Check {
+    const NAME: &str = "host.open_files";
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    match limit.maximum {
+        Some(most) if most < FEW_OPEN_FILES => Check::warn(
+            NAME,
+            format!("a server may open {most} files"),
+            "ulimit -Hn 65536, or LimitNOFILE= of the unit",
+        ),
+        Some(most) => Check::pass(NAME, format!("a server may open {most} files")),
+        None => Check::pass(NAME, "a server may open as many files as it likes"),
+    }
+}
+
+/// Whether the port is free, or a server of ours has it.
+pub(super) async fn port(config: &Config, dir: &Path, client: &Client) -> Vec<Check> {
+    const NAME: &str = "server.port";
+    let (host, port) = (config.server.host.trim_matches(['[', ']']), config.server.port);
+    let Some(address) = (host, port).to_socket_addrs().ok().and_then(|mut addresses| addresses.next()) else {
+        let message = format!("{host} is no address of this host");
+        return vec![Check::fail("server.host", message, "write 127.0.0.1, or an address of this host")];
+    };
+    let Err(error) = TcpListener::bind(address) else {
+        return vec![Check::pass(NAME, format!("{address} is free"))];
+    };
+    if error.kind() != std::io::ErrorKind::AddrInUse {
+        let message = format!("cannot listen on {address}: {error}");
+        return vec![Check::fail(NAME, message, "pass another --port or --host")];
+    }
+    let owner = port_owner(port);
+    let ours = data_dir::holder(dir).and_then(|holder| holder.pid);
+    match (&owner, ours) {
+        (Some(owner), Some(pid)) if owner.ends_with(&format!("(process {pid})")) => {
+            vec![
+                Check::pass(NAME, format!("the server of this data directory listens on {address}")),
+                ready(client).await,
+            ]
+        }
+        _ => {
+            let by = owner.map(|owner| format!(" by {owner}")).unwrap_or_default();
+            vec![Check::fail(NAME, format!("{address} is taken{by}"), "stop what uses it, or pass another --port")]
+        }
+    }
+}
+
+async fn ready(client: &Client) -> Check {
+    const NAME: &str = "server.ready";
+    let fix = "stacyvm health";
+    match tokio::time::timeout(ANSWER_LIMIT, client.ready()).await {
+        Ok(Ok(readiness)) if readiness.status == "ready" => Check::pass(NAME, "it can make sandboxes"),
+        Ok(Ok(readiness)) => Check::fail(NAME, format!("it cannot make sandboxes: {}", reason(&readiness)), fix),
+        Ok(Err(error)) => Check::warn(NAME, format!("it was not asked: {error}"), "pass --server and --api-key"),
+        Err(_) => Check::fail(NAME, format!("no answer within {} s", ANSWER_LIMIT.as_secs()), fix),
+    }
+}
+
+fn reason(readiness: &Readiness) -> String {
+    let provider = readiness.providers.iter().find(|provider| provider.default && !provider.healthy);
+    match provider {
+        Some(provider) => {
+            format!("{}: {}", provider.name, provider.error.as_deref().unwrap_or("it does not say why"))
+        }
+        None => format!("store {}", readiness.store),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::check::Status;
+
+    #[test]
+    fn the_directory_is_there_and_closed_or_can_be_made() {
+        let outer = tempfile::tempdir().unwrap();
+        let dir = outer.path().join("data");
+        assert!(directory(&dir, Strictness::Production).message.ends_with("is made by the first start"));
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::set_permissions(&dir, Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(directory(&dir, Strictness::Development).status, Status::Warn);
+        assert_eq!(directory(&dir, Strictness::Production).status, Status::Fail);
+        std::fs::set_permissions(&dir, Permissions::from_mode(0o700)).unwrap();
+        assert_eq!(directory(&dir, Strictness::Production).status, Status::Pass);
+        let file = outer.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(directory(&file, Strictness::Development).status, Status::Fail);
+        assert_eq!(directory(&file.join("below"), Strictness::Development).status, Status::Fail);
+    }
+
+    #[test]
+    fn a_server_that_holds_it_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        data_dir::create(dir.path()).unwrap();
+        let _lock = data_dir::DataDirLock::take(dir.path()).unwrap();
+        let check = directory(dir.path(), Strictness::Development);
+        assert!(check.message.contains(&format!("process {}", std::process::id())), "{check:?}");
+    }
+}

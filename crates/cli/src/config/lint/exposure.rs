@@ -1,0 +1,117 @@
+//! What the server shows to the network and to web pages.
+
+use std::net::IpAddr;
+
+use super::{Linter, site};
+use crate::check::Check;
+
+impl Linter<'_> {
+    pub(super) fn exposure(&mut self) {
+        self.host();
+        self.allowed_hosts();
+        self.origins();
+        self.preview_domain();
+    }
+
+    fn host(&mut self) {
+        const KEY: &str = "server.host";
+        let host = self.settings.text(KEY).to_owned();
+        let has_key = ["auth.api_key", "auth.admin_api_key"].iter().any(|key| self.settings.secret(key).is_some());
+        if is_loopback(&host) {
+            self.pass(KEY, format!("{host} is reached from this machine only"));
+        } else if has_key {
+            self.warn(
+                KEY,
+                format!("{host} is reached from other machines, over plain HTTP: keys can be read on the way"),
+                "listen on 127.0.0.1 behind a proxy that does TLS, or let only a private network reach it",
+            );
+        } else {
+            self.fail(
+                KEY,
+                format!("{host} is reached from other machines, and there is no key: the server will not start"),
+                "set auth.api_key_file, or listen on 127.0.0.1",
+            );
+        }
+    }
+
+    /// Names stop pages of other sites from reaching the server through the
+    /// browser of somebody who may.
+    fn allowed_hosts(&mut self) {
+        const KEY: &str = "server.allowed_hosts";
+        let widest = self.settings.list(KEY).iter().find(|host| is_whole_suffix(host)).cloned();
+        match widest {
+            Some(host) => self.risk(
+                KEY,
+                format!("`{host}` covers names of strangers"),
+                "list the names this server is called by, such as vm.example.com",
+            ),
+            None => self.pass(KEY, "only its own names are answered"),
+        }
+    }
+
+    fn origins(&mut self) {
+        const KEY: &str = "server.cors_allowed_origins";
+        let origins = self.settings.list(KEY).to_vec();
+        let plain = origins.iter().find(|origin| is_plain_and_remote(origin));
+        if origins.iter().any(|origin| origin == "*") {
+            self.risk(KEY, "pages of every site may call the server", "list the origins of your own pages");
+        } else if let Some(origin) = plain {
+            self.warn(KEY, format!("{origin} can be changed on its way to the browser"), "use https");
+        } else if origins.is_empty() {
+            self.pass(KEY, "no page of another origin may call the server");
+        } else {
+            self.pass(KEY, format!("{} origins are listed", origins.len()));
+        }
+    }
+
+    /// Names of one site with the API's are refused when the file is read.
+    fn preview_domain(&mut self) {
+        self.pass("server.preview_domain", "previews have a site of their own");
+    }
+
+    pub(super) fn rate_limit(&mut self) {
+        const ENABLED: &str = "rate_limit.enabled";
+        let Some(enabled) = self.settings.parsed::<bool>(ENABLED) else {
+            return self.absent(ENABLED, "rate limits", "limit requests in the proxy in front");
+        };
+        self.risk_if(
+            !enabled,
+            ENABLED,
+            "requests of one caller are limited",
+            "one caller can take all of the server",
+            "set rate_limit.enabled to true",
+        );
+        if !enabled {
+            return;
+        }
+        let zero = |key: &str| self.settings.parsed::<u64>(key) == Some(0);
+        let unlimited = ["rate_limit.requests_per_minute", "rate_limit.burst"].into_iter().find(|key| zero(key));
+        let check = match unlimited {
+            Some(key) => {
+                self.named("rate_limit.capacity", format!("{key} is 0"), "set both the rate and the burst above 0")
+            }
+            None => Check::pass("rate_limit.capacity", "rate and burst are set"),
+        };
+        self.add(unlimited.unwrap_or(ENABLED), check);
+        if self.settings.text("rate_limit.key_by") == "ip" {
+            let fix = "set rate_limit.key_by to api_key or owner";
+            self.warn("rate_limit.key_by", "callers behind one address share a limit", fix);
+        }
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    let bare = site::bare(host);
+    bare.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// `*.com`, `*.co.uk`: everybody can have a name there.
+fn is_whole_suffix(host: &str) -> bool {
+    host.strip_prefix("*.").is_some_and(site::is_public_suffix)
+}
+
+fn is_plain_and_remote(origin: &str) -> bool {
+    let Some(host) = origin.strip_prefix("http://") else { return false };
+    let name = site::bare(host);
+    !(is_loopback(name) || name.ends_with(".localhost"))
+}

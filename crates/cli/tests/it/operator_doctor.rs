@@ -1,0 +1,165 @@
+//! The doctor on this very host, and what `init` makes of it.
+
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::{Ran, Server, Site, run};
+
+/// The doctor looks at a port of this test's own.
+fn free_port() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("an address").port().to_string()
+}
+
+async fn doctor(site: &Site, arguments: &[&str], change: impl FnOnce(&mut Command)) -> Ran {
+    let mut command = site.program();
+    command.arg("doctor").args(arguments).env("STACYVM_SERVER_PORT", free_port());
+    change(&mut command);
+    run(command.into(), b"").await
+}
+
+fn check<'a>(page: &'a Value, name: &str) -> &'a Value {
+    let checks = page["checks"].as_array().expect("a list");
+    checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("no {name} in {page:#}"))
+}
+
+fn runtime<'a>(page: &'a Value, name: &str) -> &'a Value {
+    let runtimes = page["runtimes"].as_array().expect("a list");
+    runtimes.iter().find(|runtime| runtime["name"] == name).unwrap_or_else(|| panic!("no {name} in {page:#}"))
+}
+
+#[tokio::test]
+async fn the_doctor_says_what_runs_here_and_changes_nothing() {
+    let site = Site::new();
+    let page: Value = doctor(&site, &["--json"], |_| {}).await.json();
+    assert_eq!((&runtime(&page, "oci")["usable"], &runtime(&page, "oci")["enabled"]), (&true.into(), &true.into()));
+    assert_eq!(check(&page, "oci.namespaces")["status"], "PASS");
+    assert_eq!(check(&page, "server.port")["status"], "PASS");
+    assert!(page["suggestion"]["settings"].is_array(), "{page:#}");
+    for found in page["runtimes"].as_array().expect("a list") {
+        let absent = found["in_this_version"] == false;
+        assert!(!absent || found["usable"] == false, "{found}");
+        assert!(!absent || check(&page, found["name"].as_str().expect("a name"))["status"] == "WARN", "{found}");
+    }
+    for found in page["checks"].as_array().expect("a list") {
+        assert_eq!(found["fix"].is_string(), found["status"] != "PASS", "{found}");
+    }
+    assert!(!site.data_dir().exists(), "looking makes no directory");
+    assert_eq!(site.remains(), Vec::<String>::new());
+
+    let text = doctor(&site, &[], |_| {}).await.ok();
+    assert!(text.stdout().contains("\nRuntimes, strongest isolation first:\n"), "{text}");
+    let strict = doctor(&site, &["--production"], |_| {}).await;
+    assert_eq!(strict.status(), Some(1), "{strict}");
+    assert!(strict.stdout().contains("[FAIL] auth.api_key: "), "{strict}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_is_taken_is_fine_only_for_our_own_server() {
+    let site = Site::new();
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = taken.local_addr().expect("an address").port().to_string();
+    let sick = doctor(&site, &["--json"], |doctor| {
+        doctor.env("STACYVM_SERVER_PORT", &port);
+    });
+    let sick = sick.await;
+    assert_eq!(sick.status(), Some(1), "{sick}");
+    let page: Value = serde_json::from_str(sick.stdout()).expect("JSON");
+    let found = check(&page, "server.port");
+    assert_eq!(found["status"], "FAIL");
+    assert!(found["message"].as_str().expect("text").contains(&format!("process {}", std::process::id())), "{found}");
+
+    let server = Server::start(&site, &["--destroy-on-exit"]).await;
+    let port = server.url.rsplit(':').next().expect("a port").to_owned();
+    let url = server.url.clone();
+    let page: Value = doctor(&site, &["--json"], |doctor| {
+        doctor.env("STACYVM_SERVER_PORT", &port).env("STACYVM_URL", &url);
+    })
+    .await
+    .json();
+    assert_eq!(check(&page, "server.port")["status"], "PASS");
+    assert_eq!(check(&page, "server.ready")["status"], "PASS");
+    let held = format!("process {}", server.pid());
+    assert!(check(&page, "data_dir")["message"].as_str().expect("text").contains(&held), "{page:#}");
+    server.stop(Signal::TERM).await;
+}
+
+#[tokio::test]
+async fn one_thing_that_is_broken_fails_and_says_how_to_mend_it() {
+    let site = Site::new();
+    let failures = async |change: &dyn Fn(&mut Command)| -> Vec<(String, String)> {
+        let sick = doctor(&site, &["--json"], |doctor| change(doctor)).await;
+        assert_eq!(sick.status(), Some(1), "{sick}");
+        let page: Value = serde_json::from_str(sick.stdout()).expect("JSON");
+        let checks = page["checks"].as_array().expect("a list").iter().filter(|check| check["status"] == "FAIL");
+        let text = |value: &Value| value.as_str().expect("text").to_owned();
+        checks.map(|check| (text(&check["name"]), text(&check["fix"]))).collect()
+    };
+    let only = |found: Vec<(String, String)>, name: &str, fix: &str| {
+        assert!(found.len() == 1 && found[0].0 == name && found[0].1.contains(fix), "{name}: {found:?}");
+    };
+    only(
+        failures(&|doctor| {
+            doctor.env("STACYVM_PROVIDERS_DEFAULT", "dokcer");
+        })
+        .await,
+        "providers.default",
+        "auto",
+    );
+    only(
+        failures(&|doctor| {
+            doctor.env("STACYVM_SERVER_HOST", "203.0.113.9");
+        })
+        .await,
+        "server.port",
+        "--port",
+    );
+    only(
+        failures(&|doctor| {
+            doctor.env("STACYVM_DATA_DIR", "/dev/null/data");
+        })
+        .await,
+        "data_dir",
+        "--data-dir",
+    );
+    only(
+        failures(&|doctor| {
+            doctor.env("STACYVM_SERVER_PORT", "http");
+        })
+        .await,
+        "config",
+        "schema",
+    );
+    // A host without programs: nothing to make networks with, and none to try.
+    let page = doctor(&site, &["--json"], |doctor| {
+        doctor.env("PATH", "/nowhere");
+    })
+    .await;
+    let page: Value = serde_json::from_str(page.stdout()).expect("JSON");
+    assert_eq!(check(&page, "docker.daemon")["status"], "WARN");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_init_writes_passes_the_lint_and_runs_a_server() {
+    let site = Site::new();
+    site.run(&["init"]).await.ok().says("stacyvm config lint");
+    let file = site.home().join("stacyvm.yaml");
+    assert_eq!(file.metadata().expect("written").permissions().mode() & 0o777, 0o600);
+    let first = std::fs::read_to_string(&file).expect("readable");
+    assert!(first.contains("\n  default: oci\n") && first.contains("max_sandboxes: "), "{first}");
+    site.run(&["init"]).await.failed(1).says("exists already").says("--force");
+    site.run(&["init", "--force"]).await.ok();
+    let printed = site.run(&["init", "--output", "-"]).await.ok();
+    assert!(printed.stdout().starts_with("# "), "{printed}");
+    let judged = site.run(&["config", "lint"]).await.ok();
+    assert!(judged.stdout().contains(" 0 failed"), "{judged}");
+    assert!(!site.data_dir().exists(), "nothing but the file is made");
+
+    let server = Server::start(&site, &["--destroy-on-exit"]).await;
+    server.run(&["health"]).await.ok().says("provider oci (default): healthy");
+    server.stop(Signal::TERM).await;
+}
