@@ -31,7 +31,7 @@ use crate::output::{Output, Tone, print};
   stacyvm conformance --provider oci --image host
   stacyvm conformance --url http://127.0.0.1:7423
   stacyvm conformance --url http://127.0.0.1:7423 --provider mock --only C
-  stacyvm conformance --provider oci --format junit > report.xml")]
+  stacyvm conformance --provider oci --junit > report.xml")]
 pub(crate) struct ConformanceArgs {
     /// Provider to check; with --url, the server's provider of that name
     #[arg(long, group = "target")]
@@ -46,8 +46,14 @@ pub(crate) struct ConformanceArgs {
     #[arg(long, value_name = "ID")]
     only: Vec<String>,
     /// Form of the report: text, json, junit or markdown
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", group = "form")]
     format: Option<Format>,
+    /// The same as --format junit, for CI systems
+    #[arg(long, group = "form")]
+    junit: bool,
+    /// The same as --format markdown
+    #[arg(long, group = "form")]
+    markdown: bool,
     /// Data directory for --provider; its images are found there
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
@@ -57,14 +63,13 @@ pub(crate) struct ConformanceArgs {
 }
 
 pub(crate) async fn run(context: &Context, args: ConformanceArgs) -> anyhow::Result<ExitCode> {
-    let json = if context.output.is_json() { Format::Json } else { Format::Text };
-    let format = args.format.unwrap_or(json);
+    let format = args.form(context.output);
     let subject = Subject::open(context, &args).await?;
     let mut options = RunOptions { only: args.only, ..RunOptions::default() };
     if let Some(image) = args.image {
         options.image = image;
     }
-    let watch: &dyn Observer = if format == Format::Text { &Watch(context.output) } else { &() };
+    let watch: &dyn Observer = if format == Format::Text { &Watch(context.output) } else { &Progress(context.output) };
     let result = stacyvm_conformance::run(subject.target.clone(), &options, watch).await;
     subject.close().await;
     let report = result?;
@@ -77,6 +82,18 @@ pub(crate) async fn run(context: &Context, args: ConformanceArgs) -> anyhow::Res
         print(&report.render(format))?;
     }
     Ok(if report.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl ConformanceArgs {
+    fn form(&self, output: Output) -> Format {
+        match self.format {
+            Some(format) => format,
+            None if self.junit => Format::Junit,
+            None if self.markdown => Format::Markdown,
+            None if output.is_json() => Format::Json,
+            None => Format::Text,
+        }
+    }
 }
 
 /// What is checked, and what has to be ended afterwards.
@@ -127,4 +144,13 @@ impl Observer for Watch {
     }
 
     fn started(&self, _index: usize, _total: usize, _check: &Check) {}
+}
+
+/// One short line per check beside a report that is for programs or files.
+struct Progress(Output);
+
+impl Observer for Progress {
+    fn finished(&self, index: usize, total: usize, result: &CheckReport) {
+        self.0.note(&format!("{index}/{total} {} {}", result.status.as_str(), result.id));
+    }
 }

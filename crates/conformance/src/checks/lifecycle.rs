@@ -194,6 +194,10 @@ async fn unknown_image(cx: &Context) -> Checked {
         let order = Order { image: image.to_owned(), ..Order::default() };
         match cx.create(&order).await {
             Err(TargetError::Image(message)) => cx.note(format!("{image}: {message}")),
+            // The REST API refuses what cannot be a name before it asks the runtime.
+            Err(TargetError::Refused(message)) if image.contains(' ') && message.contains("image") => {
+                cx.note(format!("{image}: {message}"));
+            }
             Err(other) => return Err(crate::Failure(format!("{image}: expected an image error, got {other:?}"))),
             Ok(_) => return Err(crate::Failure(format!("a sandbox of {image} could be made"))),
         }
