@@ -7,7 +7,7 @@ TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 PROGRAM = target/$(or $(TARGET),$(shell uname -m)-unknown-linux-gnu)/release/stacyvm
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test lint fmt bench
+.PHONY: help run build test lint fmt bench dist
 
 help: ## List the targets
 	@echo "StacyVM: a computer for every AI agent"
@@ -36,3 +36,6 @@ fmt: ## Format the code
 
 bench: build ## Measure this build beside other runtimes on this machine
 	@scripts/bench.sh $(PROGRAM)
+
+dist: build ## Make the release archive with its SBOM, manual pages, completions and checksums
+	@scripts/dist.sh dist $(PROGRAM)

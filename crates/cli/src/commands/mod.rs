@@ -1,6 +1,7 @@
 //! The command line: what can be asked for, one file per subcommand.
 
 mod audit;
+mod certify;
 mod completion;
 mod config;
 mod conformance;
@@ -115,6 +116,7 @@ enum Command {
     Providers(providers::ProvidersArgs),
     Smoke(smoke::SmokeArgs),
     Conformance(conformance::ConformanceArgs),
+    Certify(Box<certify::CertifyArgs>),
     Init(init::InitArgs),
     Doctor(doctor::DoctorArgs),
     Config(config::ConfigArgs),
@@ -148,7 +150,9 @@ impl Cli {
     /// Servers use every processor; a client has one thing to do.
     pub(crate) fn runtime(&self) -> std::io::Result<Runtime> {
         let mut builder = match self.command {
-            Command::Serve(_) | Command::Conformance(_) | Command::Image(_) => Builder::new_multi_thread(),
+            Command::Serve(_) | Command::Certify(_) | Command::Conformance(_) | Command::Image(_) => {
+                Builder::new_multi_thread()
+            }
             _ => Builder::new_current_thread(),
         };
         builder.enable_all().build()
@@ -160,6 +164,7 @@ impl Cli {
         let context = Context { server: global.server, api_key: global.api_key, output: Output::new(form) };
         let done = match command {
             Command::Run(args) => return run::run(&context, *args).await,
+            Command::Certify(args) => return certify::run(&context, *args).await,
             Command::Conformance(args) => return conformance::run(&context, args).await,
             Command::Exec(args) => return exec::run(&context, args).await,
             Command::Shell(args) => return shell::run(&context, args).await,

@@ -66,6 +66,8 @@ pub(crate) struct Loaded {
     pub(crate) config: Config,
     /// The same, value by value, with their places.
     pub(crate) settings: Settings,
+    /// What is written and has no effect in this version, with its places.
+    pub(crate) unused: Settings,
     pub(crate) file: Option<PathBuf>,
     /// What is not wrong but probably not meant.
     pub(crate) warnings: Vec<Problem>,
@@ -104,6 +106,7 @@ pub(crate) fn load_with(
     let mut reader = Reader { file: settings, environment, given, problems };
     let mut config = Config::read(&mut reader);
     let mut settings = reader.settings();
+    let unused = reader.unused();
     let mut warnings = reader.reserved();
     warnings.extend(unknown_variables(environment));
     let Reader { mut problems, .. } = reader;
@@ -112,7 +115,7 @@ pub(crate) fn load_with(
     if !problems.is_empty() {
         return Err(ConfigError::Invalid(problems));
     }
-    Ok(Loaded { config, settings, file, warnings })
+    Ok(Loaded { config, settings, unused, file, warnings })
 }
 
 /// Hands out settings one by one and keeps what is wrong with them.
@@ -127,22 +130,35 @@ impl Reader<'_> {
     /// The setting's value: from the command line, the environment, the file,
     /// or its default.
     pub(crate) fn read<T: Setting>(&mut self, entry: &Entry) -> T {
-        if let Some(placed) = self.written(entry) {
+        // An option hides what is below it, but not that it is wrong.
+        let given = self.given(entry);
+        let below = self.written_below(entry);
+        let mut value = None;
+        for placed in [below, given].into_iter().flatten() {
             match T::from_raw(&placed.raw) {
-                Ok(value) => return value,
+                Ok(read) => value = Some(read),
                 Err(why) => {
                     self.problems.push(Problem::new(placed.source.to_string(), format!("`{}` {why}", entry.key)));
                 }
             }
         }
+        if let Some(value) = value {
+            return value;
+        }
         T::parse(entry.default).unwrap_or_else(|why| unreachable!("the default of {}: {why}", entry.key))
     }
 
     fn written(&self, entry: &Entry) -> Option<Placed> {
-        let scalar = |text: &str| Raw::Scalar { text: text.to_owned(), quoted: false };
-        if let Some(given) = self.given.iter().find(|given| given.key == entry.key) {
-            return Some(Placed { source: Source::Option(given.option), raw: scalar(&given.text) });
-        }
+        self.given(entry).or_else(|| self.written_below(entry))
+    }
+
+    fn given(&self, entry: &Entry) -> Option<Placed> {
+        let given = self.given.iter().find(|given| given.key == entry.key)?;
+        Some(Placed { source: Source::Option(given.option), raw: scalar(&given.text) })
+    }
+
+    /// In the environment, or in the file.
+    fn written_below(&self, entry: &Entry) -> Option<Placed> {
         let name = entry.env_name();
         if let Some(text) = self.environment.get(&name) {
             return Some(Placed { raw: scalar(text), source: Source::Environment(name) });
@@ -156,6 +172,17 @@ impl Reader<'_> {
         for entry in entries() {
             let written = self.written(entry);
             settings.push(entry, written.as_ref().map(|placed| (placed.source.clone(), &placed.raw)));
+        }
+        settings
+    }
+
+    /// Keys without an effect that are written all the same.
+    fn unused(&self) -> Settings {
+        let mut settings = Settings::default();
+        for Reserved { entry, .. } in RESERVED {
+            if let Some(placed) = self.written(entry) {
+                settings.push(entry, Some((placed.source.clone(), &placed.raw)));
+            }
         }
         settings
     }
@@ -179,6 +206,10 @@ impl Reader<'_> {
         }
         warnings
     }
+}
+
+fn scalar(text: &str) -> Raw {
+    Raw::Scalar { text: text.to_owned(), quoted: false }
 }
 
 fn is_default(entry: &Entry, raw: &Raw) -> bool {
@@ -462,6 +493,10 @@ mod tests {
         let bad = [Given { key: "server.port", option: "--port", text: "x".to_owned() }];
         let error = load_with(None, &environment, &bad).unwrap_err().to_string();
         assert_eq!(error, "--port: `server.port` must be a whole number, not `x`");
+        let environment =
+            Environment { current_dir: dir.path().to_owned(), ..self::environment(&[("STACYVM_SERVER_PORT", "http")]) };
+        let error = load_with(None, &environment, &given).unwrap_err().to_string();
+        assert_eq!(error, "STACYVM_SERVER_PORT: `server.port` must be a whole number, not `http`");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::support::in_repository;
 
 /// What each crate of the workspace may use of the others. A new line here is
 /// a new line in `ARCHITECTURE.md`.
-const MAY_USE: [(&str, &[&str]); 13] = [
+const MAY_USE: [(&str, &[&str]); 14] = [
     ("stacyvm-api", &[]),
     ("stacyvm-envd", &[]),
     ("stacyvm-agent", &["stacyvm-envd"]),
@@ -20,12 +20,14 @@ const MAY_USE: [(&str, &[&str]); 13] = [
     ("stacyvm-server", &["stacyvm-api", "stacyvm-engine", "stacyvm-sandbox"]),
     ("stacyvm-client", &["stacyvm-api"]),
     ("stacyvm-conformance", &["stacyvm-api", "stacyvm-client", "stacyvm-sandbox"]),
+    ("stacyvm-certify", &["stacyvm-api", "stacyvm-client", "stacyvm-conformance"]),
     ("stacyvm-bench", &["stacyvm-api", "stacyvm-client", "stacyvm-conformance"]),
     (
         "stacyvm",
         &[
             "stacyvm-agent-embed",
             "stacyvm-api",
+            "stacyvm-certify",
             "stacyvm-client",
             "stacyvm-conformance",
             "stacyvm-engine",

@@ -30,6 +30,7 @@ const ELSEWHERE: [(&str, &str); 7] = [
     ("stacyvm shell", "needs a terminal; commands/terminal.rs"),
     ("stacyvm events", "follows until Ctrl-C; commands/sandboxes.rs"),
     ("export STACYVM_URL=http://vm.example.com", "a machine that does not exist"),
+    ("stacyvm certify oci", "takes minutes; operator_certify.rs"),
 ];
 
 /// The section of the first page that needs a server of its own.
@@ -80,6 +81,7 @@ async fn run_script(site: &Site, url: &str, script: &str) -> Ran {
     fs::create_dir_all(path("bin")).expect("made");
     fs::create_dir_all(path("project")).expect("made");
     symlink(env!("CARGO_BIN_EXE_stacyvm"), path("bin/stacyvm")).expect("a link");
+    symlink(in_repository("deploy").canonicalize().expect("there"), path("deploy")).expect("a link");
     symlink(in_repository("scripts").canonicalize().expect("there"), path("scripts")).expect("a link");
     fs::write(path("bin/docker"), DOCKER).expect("written");
     fs::set_permissions(path("bin/docker"), fs::Permissions::from_mode(0o755)).expect("its mode");
@@ -194,10 +196,57 @@ async fn the_page_about_docker_runs() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pages_for_operators_run() {
+    let server = Server::shared().await;
+    for page in ["docs/operations.md", "docs/troubleshooting.md"] {
+        let ran = run_script(&server.site, &server.url, &Page::open(page).script()).await;
+        assert!(ran.stdout().contains("works\n"), "{page}: {ran}");
+    }
+}
+
+/// A report made for this is as good as one that took minutes.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_about_certification_runs() {
+    let site = Site::new();
+    let brief = "stacyvm certify qemu --output certification/oci.md || echo 'not certified, as expected'\n";
+    let ran =
+        run_script(&site, "http://127.0.0.1:1", &(brief.to_owned() + &Page::open("docs/certification.md").script()))
+            .await;
+    assert!(ran.stdout().contains("certification/oci.md is as it was made"), "{ran}");
+}
+
+/// Every code of the API has an entry that says what to do, and no entry is of
+/// a code that is no more.
+#[test]
+fn every_error_code_is_explained() {
+    let document = fs::read_to_string(in_repository("docs/openapi.json")).expect("the document");
+    let document: serde_json::Value = serde_json::from_str(&document).expect("JSON");
+    let codes = document["components"]["schemas"]["ErrorCode"]["enum"].as_array().expect("the codes").iter();
+    let codes: std::collections::BTreeSet<&str> = codes.map(|code| code.as_str().expect("text")).collect();
+    assert!(codes.len() > 20 && codes.contains("INTERNAL_ERROR"), "{codes:?}");
+    let page = Page::open("docs/troubleshooting.md").section("Error codes");
+    let entries: Vec<(&str, &str)> =
+        page.text.split("\n### ").skip(1).map(|entry| entry.split_once('\n').expect("a text")).collect();
+    assert_eq!(entries.iter().map(|(code, _)| *code).collect::<std::collections::BTreeSet<_>>(), codes);
+    for (code, text) in entries {
+        let (status, advice) = text.split_once("**What to do:** ").unwrap_or_else(|| panic!("{code} says what to do"));
+        let status = status.trim_start().split('.').next().and_then(|status| status.parse::<u16>().ok());
+        assert!(status.is_some_and(|status| (400..600).contains(&status)) && advice.len() > 20, "{code}: {text}");
+    }
+}
+
 #[test]
 fn nothing_is_left_out_that_is_no_longer_there() {
-    let pages = ["README.md", "docs/getting-started.md", "docs/images.md", "docs/conformance.md", "docs/docker.md"]
-        .map(Page::open);
+    let pages = [
+        "README.md",
+        "docs/getting-started.md",
+        "docs/images.md",
+        "docs/conformance.md",
+        "docs/docker.md",
+        "docs/certification.md",
+    ]
+    .map(Page::open);
     for (beginning, reason) in ELSEWHERE {
         let stands = pages.iter().any(|page| page.text.lines().any(|line| line.starts_with(beginning)));
         assert!(stands, "no page has `{beginning}` any more ({reason})");

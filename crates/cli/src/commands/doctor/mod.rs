@@ -107,6 +107,20 @@ pub(crate) async fn diagnose(
     Ok(Diagnosis { status: checks.status(), checks, runtimes, suggestion })
 }
 
+/// What one runtime needs of this host, judged as if a server was to use it,
+/// whether or not this version can.
+pub(crate) async fn runtime_checks(
+    name: &str,
+    loaded: &Result<Loaded, ConfigError>,
+    environment: &Environment,
+) -> Vec<Check> {
+    let Some(runtime) = RUNTIMES.iter().find(|runtime| runtime.name == name) else { return Vec::new() };
+    let host = Host::this(environment.get("PATH"), environment.get("DOCKER_HOST"));
+    let wishes = Wishes { settings: loaded.as_ref().ok().map(|loaded| &loaded.settings) };
+    let daemon = runtimes::ask_daemon(&host, &wishes).await;
+    runtime.look(&host, &wishes, &daemon, Standing { in_this_version: true, enabled: true }).await.checks
+}
+
 async fn look_at_runtimes(host: &Host, loaded: Option<&Loaded>) -> Vec<Found> {
     let wishes = Wishes { settings: loaded.map(|loaded| &loaded.settings) };
     let enabled = loaded.map(|loaded| enabled_providers(&loaded.config)).unwrap_or_default();

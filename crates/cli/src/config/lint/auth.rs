@@ -21,15 +21,29 @@ const MAKE_A_KEY: &str = "write one with `openssl rand -hex 32` to a file of mod
 impl Linter<'_> {
     pub(super) fn auth(&mut self) {
         let (api, admin) = (self.settings.secret("auth.api_key"), self.settings.secret("auth.admin_api_key"));
+        // With it a server without any key does not start.
+        let demanded = self.settings.parsed("auth.enabled") == Some(true);
         self.risk_if(
-            api.is_none() && admin.is_none(),
+            api.is_none() && admin.is_none() && !demanded,
             "auth.enabled",
             "callers need a key",
-            "callers need no key: whoever reaches the server may run code",
-            "set auth.api_key_file",
+            "callers may need no key: whoever reaches the server may run code",
+            "make one (stacyvm key create NAME --scope admin) and set auth.enabled to true, or set auth.api_key_file",
         );
-        self.key("auth.api_key", api);
-        self.key("auth.admin_api_key", admin);
+        for (key, secret) in [("auth.api_key", api), ("auth.admin_api_key", admin)] {
+            if secret.is_none() && demanded {
+                self.pass(key, "there is none: keys are made with `stacyvm key create`");
+            } else {
+                self.key(key, secret);
+            }
+        }
+        self.risk_if(
+            self.settings.parsed::<u64>("auth.failures_per_minute") == Some(0),
+            "auth.failures_per_minute",
+            "wrong keys are limited",
+            "keys may be tried without end",
+            "set auth.failures_per_minute to 60",
+        );
         let equal = matches!((api, admin), (Some(api), Some(admin)) if api == admin);
         if equal {
             let check = self.named(

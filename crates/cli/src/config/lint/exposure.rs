@@ -71,6 +71,8 @@ impl Linter<'_> {
 
     pub(super) fn rate_limit(&mut self) {
         const ENABLED: &str = "rate_limit.enabled";
+        // A burst of 0 is as large as the rate.
+        const RATE: &str = "rate_limit.requests_per_minute";
         let Some(enabled) = self.settings.parsed::<bool>(ENABLED) else {
             return self.absent(ENABLED, "rate limits", "limit requests in the proxy in front");
         };
@@ -84,15 +86,12 @@ impl Linter<'_> {
         if !enabled {
             return;
         }
-        let zero = |key: &str| self.settings.parsed::<u64>(key) == Some(0);
-        let unlimited = ["rate_limit.requests_per_minute", "rate_limit.burst"].into_iter().find(|key| zero(key));
-        let check = match unlimited {
-            Some(key) => {
-                self.named("rate_limit.capacity", format!("{key} is 0"), "set both the rate and the burst above 0")
-            }
-            None => Check::pass("rate_limit.capacity", "rate and burst are set"),
+        let check = if self.settings.parsed::<u64>(RATE) == Some(0) {
+            self.named("rate_limit.capacity", format!("{RATE} is 0, which is no limit"), format!("set {RATE} above 0"))
+        } else {
+            Check::pass("rate_limit.capacity", "the rate is set")
         };
-        self.add(unlimited.unwrap_or(ENABLED), check);
+        self.add(RATE, check);
         if self.settings.text("rate_limit.key_by") == "ip" {
             let fix = "set rate_limit.key_by to api_key or owner";
             self.warn("rate_limit.key_by", "callers behind one address share a limit", fix);

@@ -45,6 +45,11 @@ fn expect(name: &str, expected: (Status, Status), yaml: &str) {
 fn keys_are_there_long_and_two() {
     expect("auth.enabled", RISK, "");
     expect("auth.enabled", FINE, &format!("auth: {{api_key: {KEY}}}"));
+    for key in ["auth.enabled", "auth.api_key", "auth.admin_api_key"] {
+        expect(key, FINE, "auth: {enabled: true}");
+    }
+    expect("auth.failures_per_minute", RISK, "auth: {failures_per_minute: 0}");
+    expect("auth.failures_per_minute", FINE, "");
     expect("auth.api_key", RISK, "");
     expect("auth.api_key", RISK, "auth: {api_key: short}");
     expect("auth.api_key", RISK, &format!("auth: {{api_key: please-CHANGE-ME-{KEY}}}"));
@@ -194,13 +199,14 @@ fn a_missing_feature_never_passes() {
 fn limits_of_requests_are_judged_where_there_are_any() {
     let on = ("rate_limit.enabled", text("true"));
     assert_eq!(judge_values(&[("rate_limit.enabled", text("false"))])["rate_limit.enabled"], Status::Fail);
-    let found = judge_values(&[on.clone(), ("rate_limit.burst", text("0")), ("rate_limit.key_by", text("ip"))]);
+    let found =
+        judge_values(&[on.clone(), ("rate_limit.requests_per_minute", text("0")), ("rate_limit.key_by", text("ip"))]);
     let status = |name: &str| found[name];
     assert_eq!(
         [status("rate_limit.enabled"), status("rate_limit.capacity"), status("rate_limit.key_by")],
         [Status::Pass, Status::Fail, Status::Warn]
     );
-    assert_eq!(judge_values(&[on, ("rate_limit.burst", text("5"))])["rate_limit.capacity"], Status::Pass);
+    assert_eq!(judge_values(&[on, ("rate_limit.burst", text("0"))])["rate_limit.capacity"], Status::Pass);
 }
 
 #[test]

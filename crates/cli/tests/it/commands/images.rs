@@ -73,7 +73,11 @@ async fn without_a_registry_the_ways_out_are_named_and_work() {
     let mut gzip = site.command("gzip");
     gzip.arg(path("docker.tar"));
     run(gzip.into(), b"").await.ok();
-    site.run(&["image", "import", &text("docker.tar.gz")]).await.ok().says("docker.io/from/archive:1").says("stored in ");
+    site.run(&["image", "import", &text("docker.tar.gz")])
+        .await
+        .ok()
+        .says("docker.io/from/archive:1")
+        .says("stored in ");
     let script = crate::support::in_repository("scripts/make-test-image.sh");
     let mut rootfs = site.command(script.to_str().expect("text"));
     rootfs.arg("--rootfs").arg(path("rootfs.tar"));

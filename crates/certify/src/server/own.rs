@@ -1,0 +1,207 @@
+//! A server in a directory of its own, with nothing but the target's provider.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use stacyvm_api::SandboxId;
+use stacyvm_client::{Client, ClientOptions};
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+
+use super::{Closed, START_LIMIT, chain, wait_until_ready};
+use crate::host::{run, tail};
+use crate::{CertifyOptions, Target};
+
+const STOP_LIMIT: Duration = Duration::from_mins(2);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Ends with the value, and its sandboxes with it.
+pub(crate) struct OwnServer {
+    home: TempDir,
+    program: PathBuf,
+    config: Option<PathBuf>,
+    settings: Vec<(String, String)>,
+    process: Option<Child>,
+    pub(crate) client: Client,
+    pub(crate) url: String,
+    pub(crate) api_key: String,
+}
+
+impl OwnServer {
+    pub(crate) async fn start(target: Target, options: &CertifyOptions) -> Result<Self, String> {
+        let said = |error: std::io::Error| format!("no directory for a server: {error}");
+        let home = tempfile::Builder::new().prefix("stacyvm-certify-").tempdir().map_err(said)?;
+        // Two ids are as hard to guess as a key has to be.
+        let api_key = format!("{}{}", SandboxId::random(), SandboxId::random()).replace("sb-", "");
+        let client = Client::new(&ClientOptions::new("http://127.0.0.1:1")).map_err(|error| error.to_string())?;
+        let settings = settings(target, options, &api_key);
+        let mut server = Self {
+            home,
+            program: options.program.clone(),
+            config: options.config.clone(),
+            settings,
+            process: None,
+            client,
+            url: String::new(),
+            api_key,
+        };
+        if let Some(archive) = &options.image_archive {
+            server.import(archive).await?;
+        }
+        server.start_again().await?;
+        Ok(server)
+    }
+
+    pub(crate) fn data_dir(&self) -> PathBuf {
+        self.home.path().join("data")
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.home.path().join("server.log")
+    }
+
+    /// Nothing of this process's environment reaches it.
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.env_clear().env("PATH", PATH).env("HOME", self.home.path()).current_dir(self.home.path());
+        if let Some(config) = &self.config {
+            command.env("STACYVM_CONFIG", config);
+        }
+        command.envs(self.settings.iter().map(|(name, value)| (name, value)));
+        command.env("STACYVM_DATA_DIR", self.data_dir());
+        command
+    }
+
+    async fn import(&self, archive: &Path) -> Result<(), String> {
+        let mut command = self.command();
+        let ran = run(command.args(["image", "import"]).arg(archive), START_LIMIT).await?;
+        if ran.success { Ok(()) } else { Err(format!("the image cannot be imported: {}", tail(&ran.output))) }
+    }
+
+    /// Starts it in the place where it was, and waits until it is ready.
+    pub(crate) async fn start_again(&mut self) -> Result<(), String> {
+        let said = |error: std::io::Error| format!("{} cannot be started: {error}", self.program.display());
+        let announced = self.home.path().join("announced");
+        let log = File::options().create(true).append(true).open(self.log_file()).map_err(said)?;
+        let mut command = self.command();
+        command.args(["serve", "--host", "127.0.0.1", "--log-level", "info", "--log-format", "json", "--port"]);
+        command.arg(self.url.rsplit(':').next().filter(|port| !port.is_empty()).unwrap_or("0"));
+        command.stdin(Stdio::null()).stdout(File::create(&announced).map_err(said)?).stderr(log);
+        self.process = Some(command.spawn().map_err(said)?);
+        self.url = self.announced_url(&announced).await?;
+        let options = ClientOptions { api_key: Some(self.api_key.clone()), ..ClientOptions::new(self.url.clone()) };
+        self.client = Client::new(&options).map_err(|error| error.to_string())?;
+        let client = self.client.clone();
+        wait_until_ready(&client, || self.ended()).await
+    }
+
+    async fn announced_url(&mut self, announced: &Path) -> Result<String, String> {
+        let end = tokio::time::Instant::now() + START_LIMIT;
+        loop {
+            let text = fs::read_to_string(announced).unwrap_or_default();
+            let line = text.lines().next().filter(|_| text.contains('\n'));
+            if let Some(at) = line.and_then(|line| line.find("http://").map(|at| &line[at..])) {
+                return Ok(at.split([',', ' ', '"']).next().unwrap_or(at).to_owned());
+            }
+            if let Some(ended) = self.ended() {
+                return Err(ended);
+            }
+            if tokio::time::Instant::now() >= end {
+                return Err(format!("the server does not listen after {START_LIMIT:?}"));
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
+    }
+
+    /// What it said last, if it has ended.
+    fn ended(&mut self) -> Option<String> {
+        let status = self.process.as_mut()?.try_wait().ok()??;
+        let log = fs::read_to_string(self.log_file()).unwrap_or_default();
+        Some(format!("the server ended with {status}: {}", tail(&log)))
+    }
+
+    /// As a crash.
+    pub(crate) async fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill().await;
+        }
+    }
+
+    /// Forgets every record, as a lost database does. Only while it is down.
+    pub(crate) fn forget_records(&self) {
+        for file in ["stacyvm.db", "stacyvm.db-wal", "stacyvm.db-shm"] {
+            let _ = fs::remove_file(self.data_dir().join(file));
+        }
+    }
+
+    /// Process ids of a sandbox of ours on this host.
+    pub(crate) fn init_of(&self, id: &SandboxId) -> Option<u32> {
+        let record = fs::read(self.data_dir().join("oci/sandboxes").join(id.as_str()).join("init.json")).ok()?;
+        let record: serde_json::Value = serde_json::from_slice(&record).ok()?;
+        record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())
+    }
+
+    /// Destroys what is left, ends it, and looks at what remains.
+    pub(crate) async fn close(mut self) -> Closed {
+        let mut left = Vec::new();
+        if self.process.is_none() {
+            // It was broken on purpose and not mended: what it had is freed by another start.
+            if let Err(why) = self.start_again().await {
+                left.push(format!("it could not be started once more to free what it had: {why}"));
+            }
+        }
+        let all = self.client.list_all(&stacyvm_api::ListQuery::default()).await;
+        for sandbox in all.into_iter().flatten() {
+            if let Err(error) = self.client.sandbox(sandbox.id.clone()).destroy().await {
+                left.push(format!("{}: {}", sandbox.id, chain(&error)));
+            }
+        }
+        if let Some(mut process) = self.process.take() {
+            if let Some(pid) = process.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::TERM);
+            }
+            if tokio::time::timeout(STOP_LIMIT, process.wait()).await.is_err() {
+                left.push(format!("the server did not end within {STOP_LIMIT:?}"));
+                let _ = process.kill().await;
+            }
+        }
+        let sandboxes = fs::read_dir(self.data_dir().join("oci/sandboxes")).into_iter().flatten().flatten();
+        left.extend(sandboxes.map(|entry| entry.path().display().to_string()));
+        let data_dir = self.data_dir().display().to_string();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        left.extend(mounts.lines().filter(|line| line.contains(&data_dir)).map(str::to_owned));
+        Closed { log: fs::read_to_string(self.log_file()).ok(), left }
+    }
+}
+
+impl Drop for OwnServer {
+    fn drop(&mut self) {
+        // Only where somebody gave up in the middle; `close` is the way to end.
+        if let Some(process) = &mut self.process {
+            let _ = process.start_kill();
+        }
+    }
+}
+
+/// What makes it a server of the target and of nothing else: with another
+/// provider beside it, readiness would say nothing about this one.
+fn settings(target: Target, options: &CertifyOptions, api_key: &str) -> Vec<(String, String)> {
+    let mut settings = vec![
+        ("STACYVM_PROVIDERS_DEFAULT", target.provider().to_owned()),
+        ("STACYVM_AUTH_API_KEY", api_key.to_owned()),
+        ("STACYVM_PROVIDERS_MOCK_ENABLED", "false".to_owned()),
+        ("STACYVM_PROVIDERS_OCI_ENABLED", (target == Target::Oci).to_string()),
+        ("STACYVM_PROVIDERS_OCI_CGROUP_PARENT", format!("stacyvm-certify-{}", std::process::id())),
+    ];
+    if target.has_daemon() {
+        let of = &options.settings;
+        settings.push(("STACYVM_PROVIDERS_DOCKER_ENABLED", "true".to_owned()));
+        settings.push(("STACYVM_PROVIDERS_DOCKER_RUNTIME", of.runtime_for(target)));
+        settings.push(("STACYVM_PROVIDERS_DOCKER_SOCKET", of.docker_socket.display().to_string()));
+    }
+    settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}

@@ -1,0 +1,241 @@
+//! Certification, with the real program on this very host: a runtime that
+//! works, and one thing broken at a time.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::{Ran, Server, Site, in_repository, run};
+
+const KEY: &str = "key-of-the-test";
+
+async fn certify(site: &Arc<Site>, arguments: &[&str], variables: &[(&str, &str)]) -> Ran {
+    let mut command = site.program();
+    // Nothing of the site's own: a server of the certification's is started.
+    command.env_remove("STACYVM_DATA_DIR");
+    command.arg("certify").args(arguments).envs(variables.iter().copied());
+    let mut command = tokio::process::Command::from(command);
+    command.stdin(std::process::Stdio::null()).kill_on_drop(true);
+    run(command, b"").await
+}
+
+fn report(ran: &Ran) -> Value {
+    serde_json::from_str(ran.stdout()).unwrap_or_else(|error| panic!("{error}: {ran}"))
+}
+
+/// Ids of the rows with a status.
+fn with(report: &Value, status: &str) -> Vec<String> {
+    let checks = report["checks"].as_array().expect("checks");
+    let found = checks.iter().filter(|check| check["status"] == status);
+    found.map(|check| check["name"].as_str().expect("an id").to_owned()).collect()
+}
+
+fn row<'a>(report: &'a Value, id: &str) -> &'a Value {
+    let checks = report["checks"].as_array().expect("checks");
+    checks.iter().find(|check| check["name"] == id).unwrap_or_else(|| panic!("{id} is not in {report:#}"))
+}
+
+/// The whole of it, for the runtime that this host has.
+#[tokio::test(flavor = "multi_thread")]
+async fn oci_is_certified_with_evidence_that_verifies() {
+    let site = Site::new();
+    let image = Site::archive().to_str().expect("text");
+    let mut command = site.program();
+    command.env_remove("STACYVM_DATA_DIR").args(["certify", "oci", "--image-archive", image, "--format", "json"]);
+    command.args(["--output", "evidence/oci.json", "--samples", "3", "--slo-spawn-p95", "60s"]);
+    command.args(["--slo-mem-overhead", "512"]);
+    // The contract suite alone takes longer than `run` waits.
+    let done = tokio::process::Command::from(command).output().await.expect("it starts");
+    let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    let text =
+        fs::read_to_string(site.home().join("evidence/oci.json")).unwrap_or_else(|error| panic!("{error}: {said}"));
+    let found: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!((with(&found, "FAIL"), with(&found, "UNAVAILABLE")), (vec![], vec![]), "{found:#}");
+    assert_eq!((done.status.code(), &found["status"]), (Some(0), &"PASS".into()), "{said}");
+    assert!(said.contains("certification report written: ") && said.contains("[PASS] OC-R13a: "), "{said}");
+    // Nobody ran the test suite for this; all else passed outright.
+    let ended = row(&found, "OC-R13b")["message"].as_str().expect("text");
+    assert!(ended.contains("it ended by itself"), "{ended}");
+    let warned: Vec<String> = with(&found, "WARN").into_iter().filter(|id| !id.starts_with("OC-H")).collect();
+    assert_eq!(warned, ["B1"], "{found:#}");
+    assert_eq!(row(&found, "B7")["title"], "the contract suite passes on this provider");
+    assert!(found["measured"]["spawn_p95_ms"].as_u64().is_some_and(|time| time > 0), "{found:#}");
+    assert!(found["measured"]["memory_overhead_kib"].as_u64().is_some_and(|kib| kib > 0), "{found:#}");
+
+    let signoff = found["signoff"].as_object().expect("a sign-off");
+    let empty: Vec<&str> = signoff.iter().filter(|(_, value)| *value == "").map(|(name, _)| name.as_str()).collect();
+    assert_eq!((signoff.len(), empty), (15, vec!["date", "known_host_caveats", "owner_signoff"]), "{signoff:?}");
+    for part in ["lifecycle_conformance", "exec_conformance", "file_conformance", "streaming_conformance"] {
+        assert!(signoff[part].as_str().is_some_and(|word| word.starts_with("PASS (")), "{part}: {signoff:?}");
+    }
+
+    for name in ["oci-conformance.json", "oci-conformance.txt", "oci-smoke.txt", "oci-server.log"] {
+        assert!(site.home().join("evidence").join(name).is_file(), "{name} is not beside the report");
+    }
+    let verify = async || site.run(&["certify", "verify", "evidence/oci.json"]).await;
+    verify().await.ok().says("as it was made");
+    fs::write(site.home().join("evidence/oci-smoke.txt"), "all is well").expect("written");
+    verify().await.failed(1).says("oci-smoke.txt was changed");
+    fs::remove_file(site.home().join("evidence/oci-smoke.txt")).expect("removed");
+    verify().await.failed(1).says("is missing");
+    fs::write(site.home().join("evidence/oci.json"), text.replacen("WARN", "PASS", 1)).expect("written");
+    verify().await.failed(1).says("it was changed");
+}
+
+/// What this version has no provider for: the host is looked at, the rest is
+/// said to be unavailable, and nothing passes as a whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_run_is_never_a_pass() {
+    let site = Site::new();
+    for target in ["firecracker", "qemu", "proot", "e2b", "custom"] {
+        let ran = certify(&site, &[target, "--json"], &[]).await;
+        let found = report(&ran);
+        assert_eq!((ran.status(), &found["status"]), (Some(1), &"FAIL".into()), "{target}: {found:#}");
+        let runtime = found["checks"].as_array().expect("checks").iter().filter(|check| {
+            let name = check["name"].as_str().unwrap_or_default();
+            name.starts_with('B') || name.contains("-R")
+        });
+        for check in runtime {
+            assert_eq!(check["status"], "UNAVAILABLE", "{target}: {check}");
+            assert!(check["message"].as_str().is_some_and(|it| it.contains("no provider")), "{check}");
+        }
+    }
+}
+
+/// Exactly the row that is about it changes, and says what to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_thing_that_is_broken_fails_one_row() {
+    let site = Site::new();
+    let failed = async |target: &str, variables: &[(&str, &str)]| {
+        let found = report(&certify(&site, &[target, "--json"], variables).await);
+        let failed = with(&found, "FAIL");
+        for id in &failed {
+            assert!(row(&found, id)["fix"].as_str().is_some_and(|fix| !fix.is_empty()), "{id}: {found:#}");
+        }
+        failed
+    };
+    let home = site.home().to_owned();
+    let path = |name: &str| home.join(name).display().to_string();
+    fs::write(path("vmlinux"), "a kernel").expect("written");
+    for directory in ["rootfs/usr/bin", "workspaces"] {
+        fs::create_dir_all(path(directory)).expect("made");
+    }
+    for language in ["python3", "node", "bash"] {
+        fs::write(Path::new(&path("rootfs/usr/bin")).join(language), "").expect("written");
+    }
+    let difference = |broken: Vec<String>, whole: &[String]| -> Vec<String> {
+        broken.into_iter().filter(|id| !whole.contains(id)).collect()
+    };
+
+    let (kernel, none) = (path("vmlinux"), path("missing"));
+    let whole = failed("firecracker", &[("STACYVM_FIRECRACKER_KERNEL", &kernel)]).await;
+    assert!(!whole.iter().any(|id| id == "FC-H3"), "{whole:?}");
+    let broken = failed("firecracker", &[("STACYVM_FIRECRACKER_KERNEL", &none)]).await;
+    assert_eq!(difference(broken, &whole), ["FC-H3"]);
+
+    let agent = ("STACYVM_PROVIDERS_FIRECRACKER_AGENT_PATH", none.as_str());
+    let broken = failed("firecracker", &[("STACYVM_FIRECRACKER_KERNEL", &kernel), agent]).await;
+    assert_eq!(difference(broken, &whole), ["FC-H5"]);
+
+    let (rootfs, workspaces) = (path("rootfs"), path("workspaces"));
+    let proot = async |rootfs: &str, workspaces: &str| {
+        failed("proot", &[("STACYVM_PROOT_ROOTFS", rootfs), ("STACYVM_PROOT_WORKSPACE_BASE", workspaces)]).await
+    };
+    let whole = proot(&rootfs, &workspaces).await;
+    // Not even root can write there.
+    assert_eq!(difference(proot(&rootfs, "/proc").await, &whole), ["PR-H3"]);
+    assert_eq!(difference(proot(&none, &workspaces).await, &whole), ["PR-H2", "PR-H4"]);
+    fs::remove_file(Path::new(&rootfs).join("usr/bin/node")).expect("removed");
+    assert_eq!(difference(proot(&rootfs, &workspaces).await, &whole), ["PR-H4"]);
+
+    let custom = async |url: &str| {
+        let key = ("STACYVM_PROVIDERS_CUSTOM_API_KEY", "secret");
+        failed("custom", &[("STACYVM_PROVIDERS_CUSTOM_BASE_URL", url), key]).await
+    };
+    assert_eq!(custom("http://127.0.0.1:1").await, ["EX-H1"], "a dead host");
+    assert_eq!(custom("nonsense").await, ["EX-H1", "EX-H3"]);
+    fs::write(path("stacyvm.yaml"), "providers:\n  custom:\n    api_key: secret\n").expect("written");
+    let open = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", open.local_addr().expect("its address"));
+    assert_eq!(failed("custom", &[("STACYVM_PROVIDERS_CUSTOM_BASE_URL", &url)]).await, ["EX-H2"], "a key in the file");
+}
+
+/// A server that is not there, a wrong key, and a server without the runtime.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_refuses_is_told_from_one_that_is_not_there() {
+    let site = Site::new();
+    let server = Server::start_with(&site, |serve| {
+        serve.env("STACYVM_PROVIDERS_DEFAULT", "mock").env("STACYVM_AUTH_API_KEY", KEY);
+        serve.env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
+    })
+    .await;
+    let ask = async |url: &str, key: &str| {
+        let arguments = ["oci", "--json", "--samples", "1", "--stacyvm-url", url, "--stacyvm-api-key", key];
+        report(&certify(&site, &arguments, &[]).await)
+    };
+    let dead = ask("http://127.0.0.1:1", KEY).await;
+    assert_eq!(with(&dead, "FAIL"), ["B0"], "{dead:#}");
+    assert!(row(&dead, "OC-R2")["message"].as_str().is_some_and(|it| it.contains("no server")), "{dead:#}");
+
+    let wrong = ask(&server.url, "wrong").await;
+    assert_eq!((&row(&wrong, "B0")["status"], &row(&wrong, "B3")["status"]), (&"PASS".into(), &"FAIL".into()));
+    assert!(
+        row(&wrong, "B3")["fix"].as_str().is_some_and(|fix| fix.contains("it is wrong, or it was revoked")),
+        "{wrong:#}"
+    );
+
+    // Ready with another provider proves nothing about this one.
+    let without = ask(&server.url, KEY).await;
+    for id in ["B3", "B4", "OC-R1", "OC-R2", "B6", "B7"] {
+        assert_eq!(row(&without, id)["status"], "FAIL", "{id}: {without:#}");
+    }
+    assert_eq!(row(&without, "B2")["status"], "PASS", "the server itself is well");
+    assert_eq!(row(&without, "OC-R13b")["status"], "UNAVAILABLE", "it is not ours to break");
+    assert_eq!(without["status"], "FAIL");
+    server.stop(Signal::TERM).await;
+}
+
+/// A daemon that does not run.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_daemon_fails_its_rows() {
+    let site = Site::new();
+    let socket = site.home().join("docker.sock").display().to_string();
+    for target in ["docker", "gvisor", "kata"] {
+        let found = report(&certify(&site, &[target, "--json"], &[("DOCKER_HOST", &format!("unix://{socket}"))]).await);
+        assert_eq!(
+            (&row(&found, "DK-H1")["status"], &row(&found, "DK-H2")["status"]),
+            (&"FAIL".into(), &"FAIL".into())
+        );
+        assert!(row(&found, "DK-H2")["fix"].as_str().is_some_and(|fix| fix.contains("start the daemon")), "{found:#}");
+        assert_eq!(found["status"], "FAIL");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_script_takes_the_published_arguments() {
+    let site = Site::new();
+    let script = in_repository("scripts/certify-runtime.sh");
+    let ask = async |arguments: &[&str]| {
+        let mut command = site.command(script.to_str().expect("text"));
+        command.env_remove("STACYVM_DATA_DIR").args(arguments);
+        run(command.into(), b"").await
+    };
+    let bin = env!("CARGO_BIN_EXE_stacyvm");
+    let help = ask(&["--help"]).await.ok();
+    assert!(help.stdout().contains("--stacyvm-url URL"), "{help}");
+    assert_eq!(ask(&["--stacyvm-bin", bin, "docker", "--format", "xml"]).await.status(), Some(2));
+    assert_eq!(ask(&["--stacyvm-bin", bin, "--colour"]).await.status(), Some(2));
+    assert_eq!(ask(&["vmware", "--stacyvm-bin", bin]).await.status(), Some(2));
+    let ran = ask(&["proot", "--format", "markdown", "--output", "proot-certification.md", "--stacyvm-bin", bin]).await;
+    assert_eq!(ran.status(), Some(1), "{ran}");
+    assert!(ran.stdout().starts_with("certification report written: "), "{ran}");
+    let text = fs::read_to_string(site.home().join("proot-certification.md")).expect("the report");
+    for part in
+        ["StacyVM Runtime Certification", "## Checks", "## Operator Signoff", "not of the grade of a virtual machine"]
+    {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+}
