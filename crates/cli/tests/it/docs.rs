@@ -22,7 +22,7 @@ const DOCUMENTED_SERVER: &str = "127.0.0.1:7423";
 const DOCUMENTED_IMAGE: &str = "python:3.12";
 
 /// Lines that are tested elsewhere, by their beginning.
-const ELSEWHERE: [(&str, &str); 7] = [
+const ELSEWHERE: [(&str, &str); 8] = [
     ("make ", "builds the release program; `.ci/run` and serve.rs"),
     ("install target/", "installs it"),
     ("stacyvm serve", "needs a terminal of its own; serve.rs"),
