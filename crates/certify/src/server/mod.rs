@@ -14,6 +14,10 @@ use crate::{CertifyOptions, Target};
 
 /// How long a server may take to be ready.
 pub(crate) const START_LIMIT: Duration = Duration::from_mins(2);
+
+/// How long a server that answers may say that it is not ready: a runtime that
+/// is not there does not come by waiting.
+const NOT_READY_LIMIT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A server that answers.
@@ -111,10 +115,12 @@ async fn restart_given(command: &str, client: &Client) -> Result<(), String> {
 /// is pointless.
 pub(crate) async fn wait_until_ready(client: &Client, mut ended: impl FnMut() -> Option<String>) -> Result<(), String> {
     let end = tokio::time::Instant::now() + START_LIMIT;
+    let mut answered = None;
     loop {
         let why = match client.ready().await {
             Ok(readiness) if readiness.status == "ready" => return Ok(()),
             Ok(readiness) => {
+                answered.get_or_insert_with(tokio::time::Instant::now);
                 let error = readiness.providers.iter().find_map(|provider| provider.error.clone());
                 format!("{}: {}", readiness.status, error.unwrap_or_default())
             }
@@ -122,6 +128,9 @@ pub(crate) async fn wait_until_ready(client: &Client, mut ended: impl FnMut() ->
         };
         if let Some(ended) = ended() {
             return Err(ended);
+        }
+        if answered.is_some_and(|since| since.elapsed() >= NOT_READY_LIMIT) {
+            return Err(format!("not ready after {NOT_READY_LIMIT:?}: {why}"));
         }
         if tokio::time::Instant::now() >= end {
             return Err(format!("not ready after {START_LIMIT:?}: {why}"));
