@@ -28,7 +28,7 @@ pub(super) struct Chosen {
     pub(super) all: Vec<Arc<dyn Provider>>,
     pub(super) default: String,
     /// Why that one, in a few words.
-    pub(super) why: &'static str,
+    pub(super) why: String,
     /// What keeps the default from making sandboxes, if anything does.
     pub(super) troubles: Vec<String>,
     /// Findings about what the default cannot do in full.
@@ -50,7 +50,7 @@ pub(super) async fn open(config: &Config, data_dir: &Path, environment: &Environ
         all.push(open_one(name, config, data_dir, environment).await?);
     }
     let (default, why) = match (wanted, all.first()) {
-        (AUTO, Some(first)) => (first.name().to_owned(), reason(first.name())),
+        (AUTO, Some(first)) => (first.name().to_owned(), reason(first.name(), config)),
         (AUTO, None) => {
             return Err(Advice::new(
                 "no provider is enabled",
@@ -58,7 +58,7 @@ pub(super) async fn open(config: &Config, data_dir: &Path, environment: &Environ
             )
             .into());
         }
-        (wanted, _) => (wanted.to_owned(), "as configured"),
+        (wanted, _) => (wanted.to_owned(), "as configured".to_owned()),
     };
     let (mut troubles, mut shortcomings) = (Vec::new(), Vec::new());
     for provider in all.iter().filter(|provider| provider.name() == default) {
@@ -109,10 +109,11 @@ fn names() -> String {
     format!("{} or {last}", others.join(", "))
 }
 
-fn reason(name: &str) -> &'static str {
-    match name {
-        "oci" => "built in, needs no daemon",
-        _ => "the first that is enabled",
+fn reason(name: &str, config: &Config) -> String {
+    match (name, config.oci.runtime.as_str()) {
+        ("oci", "builtin") => "built in, needs no daemon".to_owned(),
+        ("oci", runtime) => format!("by {runtime}, needs no daemon"),
+        _ => "the first that is enabled".to_owned(),
     }
 }
 
