@@ -16,8 +16,9 @@ rm -f "$target_dir/test-result.json"
 step() { printf '\n== %s\n' "$*"; }
 
 step "Rust: unit, integration and end-to-end tests"
-# One build for all of them, the program included.
-cargo build --workspace --locked
+# One build for all of them, the program included: a build without the tests
+# would have other features, and be made twice.
+cargo test --workspace --locked --no-run
 # One process per test binary: tests of one binary share what is expensive, such
 # as a registry or a router namespace.
 cargo test --workspace --locked --no-fail-fast
