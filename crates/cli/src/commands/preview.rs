@@ -49,6 +49,9 @@ struct Address {
     expires_at: Option<Timestamp>,
 }
 
+/// Where the agent of every sandbox would listen for E2B's clients.
+const AGENT_PORT: u16 = 49983;
+
 pub(crate) async fn run(context: &Context, args: PreviewArgs) -> anyhow::Result<()> {
     let sandbox = context.client()?.sandbox(args.id);
     let port = match args.access {
@@ -61,7 +64,7 @@ pub(crate) async fn run(context: &Context, args: PreviewArgs) -> anyhow::Result<
             return Err(Advice::new("this port is public; its address has no end", "leave out --ttl").into());
         }
         (PortAccess::Public, None) => {
-            let url = port.url.context("this server has no previews: server.preview_domain is not set")?;
+            let url = port.url.with_context(|| no_address(args.port))?;
             Address { url, access: port.access, listening: port.listening, expires_at: None }
         }
         (PortAccess::Token, ttl) => {
@@ -77,4 +80,12 @@ pub(crate) async fn run(context: &Context, args: PreviewArgs) -> anyhow::Result<
         context.output.note(&format!("nothing listens on port {} yet; the page waits for it", args.port));
     }
     Ok(())
+}
+
+/// Why a port has no address.
+fn no_address(port: u16) -> String {
+    match port {
+        AGENT_PORT => format!("port {AGENT_PORT} is the agent's, which has no preview; take another port"),
+        _ => "this server has no previews: server.preview_domain is not set".to_owned(),
+    }
 }

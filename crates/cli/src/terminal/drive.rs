@@ -31,6 +31,13 @@ use crate::output::Output;
 const RECONNECT_LIMIT: Duration = Duration::from_secs(30);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 
+/// A connection that lasted longer than this ended one outage; the next is another.
+const STEADY: Duration = Duration::from_secs(5);
+
+/// Status of a command that was ended because nobody reads its output any more,
+/// as of a program that a closed pipe ended.
+const PIPE_CLOSED: i32 = 128 + 13;
+
 /// Read from standard input at a time.
 const INPUT_CHUNK_BYTES: usize = 64 * 1024;
 
@@ -92,6 +99,9 @@ pub(crate) async fn drive(sandbox: &SandboxClient, how: Drive, stop: &Cancellati
         offset: 0,
         sink: Sink { capture, ended: Collected::default() },
         interrupts: 0,
+        attached_at: Instant::now(),
+        outage: None,
+        refusal: None,
     };
     let exit = running.watch(terminal.is_some(), stop).await?;
     running.pump.stop.cancel();
@@ -109,6 +119,11 @@ struct Running<'a> {
     offset: u64,
     sink: Sink,
     interrupts: u32,
+    attached_at: Instant,
+    /// Since when connections break one after the other.
+    outage: Option<Instant>,
+    /// What the server said last, if it was no event of the command.
+    refusal: Option<ClientError>,
 }
 
 impl Running<'_> {
@@ -119,10 +134,24 @@ impl Running<'_> {
         loop {
             tokio::select! {
                 event = self.reader.next() => match event {
-                    Ok(Some(event)) => if let Some(exit) = self.take(event)? { return Ok(exit) },
+                    Ok(Some(event)) => match self.take(event) {
+                        Ok(Some(exit)) => return Ok(exit),
+                        Ok(None) => {}
+                        Err(error) if is_closed_pipe(&error) => {
+                            self.send_signal("KILL").await;
+                            return Ok(Exit { code: PIPE_CLOSED, duration: None, error: None });
+                        }
+                        Err(error) => return Err(error),
+                    },
+                    // Its last word, such as that the sandbox has ended.
+                    Ok(None) if self.refusal.is_some() => return Err(self.refused()),
                     Ok(None) => self.attach_again(None).await?,
-                    // A refusal of input; the command goes on.
-                    Err(ClientError::Api(_)) if self.exec_id.is_some() => self.pump.stop.cancel(),
+                    // A refusal of input, after which the command goes on; or why
+                    // the connection ends now.
+                    Err(error @ ClientError::Api(_)) if self.exec_id.is_some() => {
+                        self.pump.stop.cancel();
+                        self.refusal = Some(error);
+                    }
                     Err(error @ ClientError::Transport { .. }) => self.attach_again(Some(error)).await?,
                     Err(error) => return Err(error.into()),
                 },
@@ -137,6 +166,7 @@ impl Running<'_> {
     }
 
     fn take(&mut self, event: ExecEvent) -> anyhow::Result<Option<Exit>> {
+        self.refusal = None;
         match event {
             ExecEvent::Started { exec_id, .. } => self.exec_id = Some(exec_id),
             ExecEvent::Output { channel, data, offset } => {
@@ -160,24 +190,32 @@ impl Running<'_> {
                 anyhow::Error::from,
             ));
         };
-        self.output.note("note: the connection broke; reconnecting");
-        let deadline = Instant::now() + RECONNECT_LIMIT;
+        if self.outage.is_none() || self.attached_at.elapsed() > STEADY {
+            self.outage = Some(Instant::now());
+            self.output.note("note: the connection broke; reconnecting");
+        } else {
+            sleep(RECONNECT_PAUSE).await;
+        }
+        let deadline = self.outage.unwrap_or_else(Instant::now) + RECONNECT_LIMIT;
         loop {
+            if Instant::now() >= deadline {
+                anyhow::bail!("the server did not come back; the command {exec_id} may still run");
+            }
             match self.sandbox.attach(exec_id.clone(), self.offset).await {
                 Ok(Terminal { input, output }) => {
                     self.reader = output;
+                    self.attached_at = Instant::now();
                     return self.pump.move_to(input).await;
                 }
-                Err(error @ (ClientError::Connect { .. } | ClientError::Transport { .. })) => {
-                    if Instant::now() >= deadline {
-                        let what = format!("the server did not come back; the command {exec_id} may still run");
-                        return Err(error).context(what);
-                    }
-                }
+                Err(ClientError::Connect { .. } | ClientError::Transport { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
             sleep(RECONNECT_PAUSE).await;
         }
+    }
+
+    fn refused(&mut self) -> anyhow::Error {
+        self.refusal.take().map_or_else(|| anyhow::anyhow!("the server ended the connection"), anyhow::Error::from)
     }
 
     /// Ctrl-C asks the command to end; again, it is killed.
@@ -286,6 +324,12 @@ impl Sink {
             }
         }
     }
+}
+
+/// Whoever read this program's output has gone away.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let source = error.downcast_ref::<std::io::Error>();
+    source.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 fn print_to(mut out: impl std::io::Write, data: &[u8]) -> anyhow::Result<()> {

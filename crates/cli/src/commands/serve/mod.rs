@@ -47,7 +47,7 @@ pub(crate) use providers::{KNOWN as KNOWN_PROVIDERS, enabled as enabled_provider
 #[command(after_help = "Examples:
   stacyvm serve
   stacyvm serve --port 8000 --data-dir ./data --destroy-on-exit
-  stacyvm key create admin --scope admin --data-dir ./data && stacyvm serve --data-dir ./data --host 0.0.0.0
+  stacyvm key create me --scope read --scope api --scope admin --data-dir ./data && stacyvm serve --data-dir ./data --host 0.0.0.0
   stacyvm serve --config /etc/stacyvm.yaml --log-format json")]
 pub(crate) struct ServeArgs {
     #[command(flatten)]

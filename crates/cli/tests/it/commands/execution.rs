@@ -110,6 +110,37 @@ async fn one_command_has_a_sandbox_of_its_own_that_is_gone_afterwards() {
     eventually("its sandbox goes", async || ids(&server).await.is_subset(&before).then_some(())).await;
 }
 
+/// A command in a sandbox that stays is ended too, quietly.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_pipe_ends_the_command() {
+    let fixture = Fixture::start().await;
+    let program = env!("CARGO_BIN_EXE_stacyvm");
+    let piped = format!("'{program}' exec {} -- yes | head -n 1; echo ${{PIPESTATUS[0]}}", fixture.id);
+    let mut shell = fixture.server.site.command("bash");
+    shell.args(["-c", &piped]).env("STACYVM_URL", &fixture.server.url);
+    let ran = run(shell.into(), b"").await.ok();
+    assert_eq!((ran.stdout(), ran.stderr()), ("y\n141\n", ""));
+    let look = ["exec", &fixture.id, "--shell", "--", "pidof yes || echo none"];
+    eventually("it ends", async || (fixture.server.run(&look).await.ok().stdout() == "none\n").then_some(())).await;
+}
+
+/// There is nothing to reconnect to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sandbox_that_dies_under_a_command_ends_the_command_line() {
+    let fixture = Fixture::start().await;
+    let waiting = fixture.server.program(&["exec", &fixture.id, "--", "sleep", "987"]);
+    let waiting = tokio::spawn(run(waiting, b""));
+    let state = fixture.server.site.sandbox_dir(&fixture.id).join("init.json");
+    let init: Value = serde_json::from_slice(&std::fs::read(state).expect("its first process")).expect("JSON");
+    let look = ["exec", &fixture.id, "--", "pidof", "sleep"];
+    eventually("it runs", async || (fixture.server.run(&look).await.status() == Some(0)).then_some(())).await;
+    let pid = init["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+    kill_process(pid.expect("a pid"), Signal::KILL).expect("it is there");
+    let ran = waiting.await.expect("no panic");
+    assert!(ran.status() != Some(0) && ran.stderr().lines().count() < 8, "{ran}");
+    assert!(ran.stderr().contains("error: "), "{ran}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn ctrl_c_asks_and_then_kills() {
     let fixture = Fixture::start().await;
