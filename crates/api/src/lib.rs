@@ -6,6 +6,7 @@
 //! SDKs; a field that an SDK must not see is absent, never `null`.
 
 mod audit;
+pub mod backend;
 mod duration;
 mod error;
 mod event;

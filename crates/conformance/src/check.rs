@@ -47,6 +47,20 @@ pub enum Ability {
     Usage,
     /// A sandbox that outlives a command that runs out of memory.
     OutlivesOom,
+    /// Output and files that are not text.
+    Bytes,
+    /// Owners, kinds and links of files, and making directories.
+    FileDetails,
+    /// Trees as tar.
+    Archives,
+    /// Output while a command runs.
+    LiveOutput,
+    /// Commands as another user.
+    Users,
+    /// Failures that tell what was wrong.
+    Failures,
+    /// Limits of a sandbox that are known to hold.
+    Limits,
 }
 
 impl fmt::Display for Ability {
@@ -60,6 +74,13 @@ impl fmt::Display for Ability {
             Self::Ports => "listing ports inside",
             Self::Usage => "reading resource usage",
             Self::OutlivesOom => "outliving a command that runs out of memory",
+            Self::Bytes => "output and files that are not text",
+            Self::FileDetails => "details of files",
+            Self::Archives => "trees as archives",
+            Self::LiveOutput => "output while a command runs",
+            Self::Users => "commands as another user",
+            Self::Failures => "failures that tell what was wrong",
+            Self::Limits => "limits that are known to hold",
         })
     }
 }

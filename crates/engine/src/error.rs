@@ -238,6 +238,7 @@ fn session_code(error: &SessionError) -> ErrorCode {
         SessionError::PidsExhausted => ErrorCode::SandboxPidsExhausted,
         SessionError::MemoryExhausted => ErrorCode::SandboxOom,
         SessionError::DiskFull => ErrorCode::SandboxDiskFull,
+        SessionError::Limited(_) => ErrorCode::ResourceLimit,
         SessionError::Unsupported(_) => ErrorCode::Unsupported,
         SessionError::Unavailable(_) => ErrorCode::Unavailable,
         SessionError::Failed { .. } => ErrorCode::InternalError,
@@ -259,6 +260,7 @@ fn session_hint(error: &SessionError) -> Option<&'static str> {
         | SessionError::CommandNotFound(_)
         | SessionError::UserNotFound(_)
         | SessionError::DeadlineExceeded
+        | SessionError::Limited(_)
         | SessionError::Unsupported(_)
         | SessionError::PortClosed(_)
         | SessionError::Unavailable(_)

@@ -1,5 +1,8 @@
 //! The runtimes StacyVM can put a sandbox on.
 
+pub mod custom;
 pub mod docker;
 pub mod mock;
 pub mod oci;
+
+mod process;

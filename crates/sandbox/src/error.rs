@@ -80,6 +80,9 @@ pub enum SessionError {
     MemoryExhausted,
     #[error("the sandbox's disk is full")]
     DiskFull,
+    /// A limit of the runtime, rather than of the sandbox.
+    #[error("the runtime has no room left to {0}; try again later")]
+    Limited(&'static str),
     #[error("{0} is not supported by this runtime")]
     Unsupported(&'static str),
     #[error("nothing listens on {0} in the sandbox")]

@@ -21,7 +21,7 @@ pub use error::{Cause, ProviderError, SessionError};
 pub use health::HealthReport;
 pub use provider::{
     AgentChannel, AgentIo, Capabilities, Connection, Created, Progress, ProgressSink, Provider, ProviderDefaults,
-    ResourceUsage, RuntimeSandbox, RuntimeState,
+    ResourceUsage, RuntimeSandbox, RuntimeState, Shortfalls,
 };
 pub use session::{
     AttachRequest, ByteStream, DialTarget, EntryKind, Exit, FileContent, FileEntry, ListedProcess, ProcessEvent,

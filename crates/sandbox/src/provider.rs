@@ -24,6 +24,11 @@ pub trait Provider: Send + Sync + 'static {
 
     fn capabilities(&self) -> Capabilities;
 
+    /// What it does less well than the contract has it.
+    fn shortfalls(&self) -> Shortfalls {
+        Shortfalls::default()
+    }
+
     /// Settings worth showing (`GET /providers/{name}`); never a secret.
     fn describe(&self) -> BTreeMap<String, String> {
         BTreeMap::new()
@@ -120,6 +125,28 @@ pub struct Capabilities {
     pub imitated: bool,
     /// Published word for the family: `container`, `microvm`, `remote_http`.
     pub family: &'static str,
+}
+
+/// What a runtime honestly cannot do of what all others can. Only somebody
+/// else's service over a narrow protocol has any; the contract suite leaves out
+/// what needs them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent yes-or-no facts, always built by field name")]
+pub struct Shortfalls {
+    /// Output and files are text.
+    pub text_only: bool,
+    /// Files have no owner and no kind but file and directory.
+    pub plain_files: bool,
+    /// Trees cannot be had as archives.
+    pub no_archives: bool,
+    /// Output of a command comes at its end, and is lost at its deadline.
+    pub late_output: bool,
+    /// Commands have one user.
+    pub one_user: bool,
+    /// Failures do not tell what exactly was wrong.
+    pub plain_failures: bool,
+    /// Nobody says which limits hold.
+    pub loose_limits: bool,
 }
 
 /// What `create` reports back for the record.

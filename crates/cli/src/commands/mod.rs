@@ -1,6 +1,7 @@
 //! The command line: what can be asked for, one file per subcommand.
 
 mod audit;
+mod backend;
 mod certify;
 mod completion;
 mod config;
@@ -114,6 +115,7 @@ enum Command {
     Audit(audit::AuditArgs),
     Image(image::ImageArgs),
     Providers(providers::ProvidersArgs),
+    Backend(backend::BackendArgs),
     Smoke(smoke::SmokeArgs),
     Conformance(conformance::ConformanceArgs),
     Certify(Box<certify::CertifyArgs>),
@@ -150,9 +152,11 @@ impl Cli {
     /// Servers use every processor; a client has one thing to do.
     pub(crate) fn runtime(&self) -> std::io::Result<Runtime> {
         let mut builder = match self.command {
-            Command::Serve(_) | Command::Certify(_) | Command::Conformance(_) | Command::Image(_) => {
-                Builder::new_multi_thread()
-            }
+            Command::Serve(_)
+            | Command::Backend(_)
+            | Command::Certify(_)
+            | Command::Conformance(_)
+            | Command::Image(_) => Builder::new_multi_thread(),
             _ => Builder::new_current_thread(),
         };
         builder.enable_all().build()
@@ -175,6 +179,7 @@ impl Cli {
             Command::Db(args) => return db::run(&context, &args).await,
             Command::Upgrade(args) => return upgrade::run(&context, &args).await,
             Command::Serve(args) => serve::run(&context, *args).await,
+            Command::Backend(args) => backend::run(&context, args).await,
             Command::Image(args) => image::run(&context, args).await,
             Command::Init(args) => init::run(&context, &args).await,
             Command::Spawn(args) => spawn::run(&context, *args).await,

@@ -18,9 +18,10 @@ const ENV_PREFIX: &str = "STACYVM_";
 
 /// Variables of our name that are not settings: what the client reads, what
 /// picks the file, and what builds and tests use.
-const OTHER_VARIABLES: [&str; 10] = [
+const OTHER_VARIABLES: [&str; 11] = [
     "STACYVM_AGENT_BINARY",
     "STACYVM_API_KEY",
+    "STACYVM_BACKEND_KEY",
     "STACYVM_CONFIG",
     "STACYVM_FIRECRACKER_KERNEL",
     "STACYVM_OWNER",
@@ -312,8 +313,9 @@ fn unknown_variables(environment: &Environment) -> Vec<Problem> {
 
 /// Keys may be kept in files of their own, as secret stores hand them out.
 fn resolve_key_files(config: &mut Config, settings: &mut Settings, problems: &mut Vec<Problem>) {
-    let auth = &mut config.auth;
+    let (auth, custom) = (&mut config.auth, &mut config.custom);
     for (key, inline, file) in [
+        ("providers.custom.api_key", &mut custom.api_key, &custom.api_key_file),
         ("auth.api_key", &mut auth.api_key, &auth.api_key_file),
         ("auth.admin_api_key", &mut auth.admin_api_key, &auth.admin_api_key_file),
     ] {
@@ -353,6 +355,7 @@ fn check(config: &Config, problems: &mut Vec<Problem>) {
     }
     check_server(&config.server, problems);
     check_docker(config, has_key || auth.enabled == Some(true), problems);
+    check_custom(config, problems);
     let defaults = &config.defaults;
     if defaults.memory_mb == 0 {
         problems.push(Problem::new("defaults.memory_mb", "a sandbox needs memory").hint("write 512, for example"));
@@ -394,6 +397,25 @@ fn check_docker(config: &Config, needs_key: bool, problems: &mut Vec<Problem>) {
     for path in docker.tmpfs.keys().filter(|path| !path.starts_with('/')) {
         let message = format!("`{path}` is not an absolute path");
         problems.push(Problem::new("providers.docker.tmpfs", message).hint("write `/cache: size=64m`, for example"));
+    }
+}
+
+fn check_custom(config: &Config, problems: &mut Vec<Problem>) {
+    let custom = &config.custom;
+    if matches!(custom.name.as_str(), "" | "auto" | "oci" | "mock" | "docker" | "firecracker" | "proot" | "e2b") {
+        problems.push(
+            Problem::new("providers.custom.name", "is the name of another provider")
+                .hint("choose another, such as edge"),
+        );
+    }
+    if custom.enabled && custom.base_url.trim().is_empty() {
+        problems.push(
+            Problem::new("providers.custom.base_url", "is empty, but the provider is enabled")
+                .hint("write the address of the backend, such as http://10.0.0.2:7425"),
+        );
+    }
+    if custom.timeout.is_zero() {
+        problems.push(Problem::new("providers.custom.timeout", "cannot be zero").hint("write 60s"));
     }
 }
 

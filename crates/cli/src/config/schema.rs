@@ -244,6 +244,21 @@ config! {
         tmpfs: BTreeMap<String, String> = "",
     }
 
+    custom: Custom in "providers.custom." {
+        /// Sandboxes of another service over HTTP, such as `stacyvm backend serve` on another machine.
+        enabled: bool = "false",
+        /// What the provider is called.
+        name: String = "custom",
+        /// Address of the service, such as `https://sandboxes.example.com`.
+        base_url: String = "",
+        /// The key of the service, sent as `X-API-Key`.
+        api_key: Option<Secret> = "",
+        /// File that holds the key, instead of `providers.custom.api_key`.
+        api_key_file: Option<PathBuf> = "",
+        /// Longest wait for an answer of the service, image pulls of a creation included. Streams have no limit.
+        timeout: Duration = "60s",
+    }
+
     mock: Mock in "providers.mock." {
         /// A fake for tests of clients. It imitates commands and isolates nothing.
         enabled: bool = "false",

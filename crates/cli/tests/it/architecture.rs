@@ -8,7 +8,7 @@ use crate::support::in_repository;
 
 /// What each crate of the workspace may use of the others. A new line here is
 /// a new line in `ARCHITECTURE.md`.
-const MAY_USE: [(&str, &[&str]); 14] = [
+const MAY_USE: [(&str, &[&str]); 15] = [
     ("stacyvm-api", &[]),
     ("stacyvm-envd", &[]),
     ("stacyvm-agent", &["stacyvm-envd"]),
@@ -18,6 +18,7 @@ const MAY_USE: [(&str, &[&str]); 14] = [
     ("stacyvm-providers", &["stacyvm-agent-embed", "stacyvm-api", "stacyvm-envd", "stacyvm-image", "stacyvm-sandbox"]),
     ("stacyvm-engine", &["stacyvm-api", "stacyvm-sandbox"]),
     ("stacyvm-server", &["stacyvm-api", "stacyvm-engine", "stacyvm-sandbox"]),
+    ("stacyvm-backend", &["stacyvm-api", "stacyvm-sandbox"]),
     ("stacyvm-client", &["stacyvm-api"]),
     ("stacyvm-conformance", &["stacyvm-api", "stacyvm-client", "stacyvm-sandbox"]),
     ("stacyvm-certify", &["stacyvm-api", "stacyvm-client", "stacyvm-conformance"]),
@@ -27,6 +28,7 @@ const MAY_USE: [(&str, &[&str]); 14] = [
         &[
             "stacyvm-agent-embed",
             "stacyvm-api",
+            "stacyvm-backend",
             "stacyvm-certify",
             "stacyvm-client",
             "stacyvm-conformance",
@@ -43,8 +45,8 @@ const MAY_USE: [(&str, &[&str]); 14] = [
 /// Libraries that only these crates may name, so that what they are used for
 /// stays in one place.
 const ONLY_IN: [(&str, &[&str]); 6] = [
-    // HTTP is the server's.
-    ("axum", &["stacyvm-server"]),
+    // HTTP is the server's, and that of the server of one runtime.
+    ("axum", &["stacyvm-backend", "stacyvm-server"]),
     ("utoipa-swagger-ui", &["stacyvm-server"]),
     // So is the store the engine's.
     ("sqlx", &["stacyvm-engine"]),

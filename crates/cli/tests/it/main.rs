@@ -2,6 +2,7 @@
 //! with real sandboxes on this very host.
 
 mod architecture;
+mod backend;
 mod commands;
 mod docker;
 mod docs;

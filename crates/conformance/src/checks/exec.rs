@@ -37,18 +37,23 @@ pub(super) fn checks() -> Vec<Check> {
         check!("S23", "environment and working directory apply", [], environment_and_workdir),
         check!("S24", "standard error is kept apart", [], stderr_is_separate),
         check!("S25", "an exit by signal is reported as such", [], exit_by_signal),
-        check!("S26", "a command that does not exist is a typed error", [], command_not_found),
-        check!("S27", "a working directory that does not exist is an error", [], missing_workdir),
-        check!("S28", "a deadline kills re-parented and setsid children too", [Programs], deadline_kills_all),
-        check!("S29", "a deadline keeps the output so far and is marked", [], deadline_keeps_output),
+        check!("S26", "a command that does not exist is a typed error", [Failures], command_not_found),
+        check!("S27", "a working directory that does not exist is an error", [Failures], missing_workdir),
+        check!(
+            "S28",
+            "a deadline kills re-parented and setsid children too",
+            [Programs, LiveOutput],
+            deadline_kills_all
+        ),
+        check!("S29", "a deadline keeps the output so far and is marked", [LiveOutput], deadline_keeps_output),
         check!("S30", "a flood of output arrives complete, or says what was dropped", [Programs], output_flood, long),
-        check!("S31", "output is bytes: every value arrives", [], binary_output),
+        check!("S31", "output is bytes: every value arrives", [Bytes], binary_output),
         check!("S32", "a background child does not hold the exec", [Programs], background_child),
-        check!("S33", "a command runs as the user that was asked for", [Programs], other_user),
-        check!("S34", "an unknown user is a typed error", [], unknown_user),
+        check!("S33", "a command runs as the user that was asked for", [Programs, Users], other_user),
+        check!("S34", "an unknown user is a typed error", [Users], unknown_user),
         check!("S35", "standard input is empty unless asked for", [Programs], empty_stdin),
         check!("S36", "the sandbox's console holds the last lines written", [], console),
-        check!("S37", "a running stream does not hold up other calls", [], streams_do_not_block),
+        check!("S37", "a running stream does not hold up other calls", [LiveOutput], streams_do_not_block),
     ]
 }
 

@@ -17,13 +17,24 @@ const SMALL_MEMORY_MIB: u64 = 64;
 
 pub(super) fn checks() -> Vec<Check> {
     vec![
-        check!("S70", "two sandboxes see neither each other's files nor processes", [Programs], two_sandboxes),
+        check!(
+            "S70",
+            "two sandboxes see neither each other's files nor processes",
+            [Programs, LiveOutput],
+            two_sandboxes
+        ),
         check!("S71", "files of one sandbox are not in another", [], two_file_systems),
-        check!("S72", "a fork bomb hits its own limit; others work; destroy works", [Programs], fork_bomb, long),
+        check!(
+            "S72",
+            "a fork bomb hits its own limit; others work; destroy works",
+            [Programs, Limits],
+            fork_bomb,
+            long
+        ),
         check!(
             "S73",
             "a command that eats memory dies; its sandbox and others live",
-            [Programs, OutlivesOom],
+            [Programs, Limits, OutlivesOom],
             memory_hog,
             long
         ),

@@ -71,7 +71,7 @@ impl Target for ProviderTarget {
     }
 
     fn lacks(&self, ability: Ability) -> Option<String> {
-        let can = self.provider.capabilities();
+        let (can, short) = (self.provider.capabilities(), self.provider.shortfalls());
         let has = match ability {
             Ability::Programs => !can.imitated,
             Ability::Terminal => can.pty,
@@ -79,6 +79,13 @@ impl Target for ProviderTarget {
             Ability::Dial | Ability::Sockets | Ability::Ports => can.dial,
             Ability::Usage => can.stats,
             Ability::OutlivesOom => !can.oom_ends_sandbox,
+            Ability::Bytes => !short.text_only,
+            Ability::FileDetails => !short.plain_files,
+            Ability::Archives => !short.no_archives,
+            Ability::LiveOutput => !short.late_output,
+            Ability::Users => !short.one_user,
+            Ability::Failures => !short.plain_failures,
+            Ability::Limits => !short.loose_limits,
         };
         (!has).then(|| format!("the `{}` runtime says that it lacks {ability}", self.provider.name()))
     }

@@ -19,6 +19,12 @@ pub enum MockOperation {
     Attach,
     /// Every file call.
     File,
+    /// Reaching a port inside.
+    Dial,
+    /// Input, its end, resizes and signals of a command.
+    Input,
+    Pause,
+    Resume,
     Ping,
     SetDeadline,
 }

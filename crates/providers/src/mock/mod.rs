@@ -16,7 +16,6 @@
 mod archive;
 mod faults;
 mod pattern;
-mod process;
 mod program;
 mod sandbox;
 mod session;
@@ -146,6 +145,12 @@ impl MockProvider {
         if let Some(sandbox) = self.find(id) {
             sandbox.listen(port, service);
         }
+    }
+
+    fn set_paused(&self, id: &SandboxId, paused: bool) -> Result<(), ProviderError> {
+        let sandbox = self.find(id).ok_or_else(|| ProviderError::NotFound(id.clone()))?;
+        sandbox.paused.store(paused, Ordering::Relaxed);
+        Ok(())
     }
 
     fn find(&self, id: &SandboxId) -> Option<Arc<MockSandbox>> {
@@ -303,14 +308,10 @@ impl Provider for MockProvider {
     }
 
     async fn pause(&self, id: &SandboxId) -> Result<(), ProviderError> {
-        let sandbox = self.find(id).ok_or_else(|| ProviderError::NotFound(id.clone()))?;
-        sandbox.paused.store(true, Ordering::Relaxed);
-        Ok(())
+        self.call(MockOperation::Pause, "pause the sandbox", async { self.set_paused(id, true) }).await
     }
 
     async fn resume(&self, id: &SandboxId) -> Result<(), ProviderError> {
-        let sandbox = self.find(id).ok_or_else(|| ProviderError::NotFound(id.clone()))?;
-        sandbox.paused.store(false, Ordering::Relaxed);
-        Ok(())
+        self.call(MockOperation::Resume, "resume the sandbox", async { self.set_paused(id, false) }).await
     }
 }

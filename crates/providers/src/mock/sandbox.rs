@@ -12,8 +12,8 @@ use stacyvm_sandbox::{EntryKind, Exit, FileEntry, ProcessSelector, ResourceUsage
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::process::{NewProcess, Process};
 use super::tree::Tree;
+use crate::process::{NewProcess, Process};
 
 /// The agent ends a sandbox this long after an expiry that nobody extended.
 const DEADLINE_GRACE: Duration = Duration::from_mins(1);

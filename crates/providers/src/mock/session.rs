@@ -19,11 +19,11 @@ use tokio::net::TcpStream;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::faults::{Fault, MockOperation};
-use super::process::{Channel, NewProcess, Process};
 use super::sandbox::{MockSandbox, MockService};
 use super::shell::Shell;
 use super::tree::as_prefix;
 use super::{Shared, archive, pattern, program};
+use crate::process::{Channel, NewProcess, Process};
 
 /// Largest file the mock keeps.
 const FILE_BYTES_MAX: usize = 256 << 20;
@@ -196,41 +196,53 @@ impl Session for MockSession {
     }
 
     async fn send_input(&self, process: &ProcessSelector, input: ProcessInput) -> Result<(), SessionError> {
-        let process = self.sandbox.process(process)?;
-        match input {
-            ProcessInput::Stdin(bytes) => process.write_stdin(&bytes),
-            ProcessInput::Terminal(bytes) => {
-                if !process.terminal {
-                    return Err(SessionError::InvalidArgument("the command has no terminal".to_owned()));
+        let send = async {
+            let process = self.sandbox.process(process)?;
+            match input {
+                ProcessInput::Stdin(bytes) => process.write_stdin(&bytes),
+                ProcessInput::Terminal(bytes) => {
+                    if !process.terminal {
+                        return Err(SessionError::InvalidArgument("the command has no terminal".to_owned()));
+                    }
+                    type_on_terminal(&process, &bytes).await
                 }
-                type_on_terminal(&process, &bytes).await
             }
-        }
+        };
+        self.call(MockOperation::Input, send).await
     }
 
     async fn close_stdin(&self, process: &ProcessSelector) -> Result<(), SessionError> {
-        self.sandbox.process(process)?.close_stdin();
-        Ok(())
+        let close = async {
+            self.sandbox.process(process)?.close_stdin();
+            Ok(())
+        };
+        self.call(MockOperation::Input, close).await
     }
 
     async fn resize(&self, process: &ProcessSelector, size: TerminalSize) -> Result<(), SessionError> {
-        let process = self.sandbox.process(process)?;
-        if !process.terminal {
-            return Err(SessionError::InvalidArgument("the command has no terminal".to_owned()));
-        }
-        process.resize(size);
-        Ok(())
+        let resize = async {
+            let process = self.sandbox.process(process)?;
+            if !process.terminal {
+                return Err(SessionError::InvalidArgument("the command has no terminal".to_owned()));
+            }
+            process.resize(size);
+            Ok(())
+        };
+        self.call(MockOperation::Input, resize).await
     }
 
     async fn signal(&self, process: &ProcessSelector, signal: i32) -> Result<(), SessionError> {
-        let process = self.sandbox.process(process)?;
-        if process.exit().is_some() {
-            return Err(SessionError::ProcessNotFound(process.pid.to_string()));
-        }
-        if signal != 0 {
-            process.kill(Exit { code: None, signal: Some(signal), timed_out: false });
-        }
-        Ok(())
+        let send = async {
+            let process = self.sandbox.process(process)?;
+            if process.exit().is_some() {
+                return Err(SessionError::ProcessNotFound(process.pid.to_string()));
+            }
+            if signal != 0 {
+                process.kill(Exit { code: None, signal: Some(signal), timed_out: false });
+            }
+            Ok(())
+        };
+        self.call(MockOperation::Input, send).await
     }
 
     async fn stat(&self, path: &str) -> Result<FileEntry, SessionError> {
@@ -323,15 +335,15 @@ impl Session for MockSession {
     }
 
     async fn dial(&self, target: DialTarget) -> Result<Box<dyn AgentIo>, SessionError> {
-        let service = match target {
-            DialTarget::Port(port) => {
-                self.sandbox.service(port).ok_or_else(|| SessionError::PortClosed(format!("port {port}")))?
+        let find = async {
+            match target {
+                DialTarget::Port(port) => {
+                    self.sandbox.service(port).ok_or_else(|| SessionError::PortClosed(format!("port {port}")))
+                }
+                DialTarget::Unix(path) => Err(SessionError::PortClosed(path)),
             }
-            DialTarget::Unix(path) => return Err(SessionError::PortClosed(path)),
         };
-        if !self.sandbox.is_alive() {
-            return Err(SessionError::Gone);
-        }
+        let service = self.call(MockOperation::Dial, find).await?;
         let (ours, theirs) = tokio::io::duplex(DIAL_BUFFER_BYTES);
         let ended = self.sandbox.ended.clone();
         tokio::spawn(async move {

@@ -10,11 +10,11 @@ use bytes::Bytes;
 use stacyvm_sandbox::SessionError;
 use tokio::task::JoinHandle;
 
-use super::process::{Channel, Process};
 use super::program;
 use super::sandbox::MockSandbox;
 use super::syntax::{self, Body, Command, List, Part, Pipeline, Separator, Target, Word};
 use super::tree::join;
+use crate::process::{Channel, Process};
 
 /// A shell, or one program, in one command's process group.
 #[derive(Debug)]

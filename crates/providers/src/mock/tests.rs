@@ -308,3 +308,45 @@ async fn faults_strike_and_calls_are_counted() {
     let calls = provider.calls(MockOperation::Create);
     assert_eq!((calls.started, calls.failed, calls.most_in_flight), (2, 2, 1));
 }
+
+#[tokio::test]
+async fn every_call_inside_can_be_made_to_fail_and_to_take_long() {
+    let (provider, id, session) = session().await;
+    let mut events = session.start(StartRequest { stdin: true, ..sh("cat") }).await.unwrap();
+    let Some(Ok(ProcessEvent::Started { pid })) = events.next().await else { panic!("it did not start") };
+    let process = ProcessSelector::Pid(pid);
+    let fault = || Fault::Fail("as planned".to_owned());
+    provider.faults().inject(MockOperation::Input, fault(), Times::Count(4));
+    let failures = [
+        session.send_input(&process, ProcessInput::Stdin("x".into())).await,
+        session.close_stdin(&process).await,
+        session.resize(&process, TerminalSize { cols: 1, rows: 1 }).await,
+        session.signal(&process, 15).await,
+    ];
+    assert!(failures.iter().all(|it| matches!(it, Err(SessionError::Failed { .. }))), "{failures:?}");
+    provider.faults().inject(MockOperation::Dial, Fault::Delay(Duration::from_millis(1)), Times::Once);
+    assert!(session.dial(DialTarget::Port(7)).await.is_ok());
+    provider.faults().inject(MockOperation::Dial, fault(), Times::Once);
+    assert!(matches!(session.dial(DialTarget::Port(7)).await, Err(SessionError::Failed { .. })));
+    provider.faults().inject(MockOperation::Pause, fault(), Times::Once);
+    provider.faults().inject(MockOperation::Resume, fault(), Times::Once);
+    assert!(provider.pause(&id).await.is_err() && provider.resume(&id).await.is_err());
+    assert!(provider.pause(&id).await.is_ok() && provider.resume(&id).await.is_ok());
+    assert_eq!(provider.calls(MockOperation::Dial).started, 2);
+}
+
+/// Whatever a test makes the mock run, nothing of the host is started or read.
+#[test]
+fn the_mock_has_no_way_to_the_host() {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/mock");
+    for entry in std::fs::read_dir(here).unwrap() {
+        let path = entry.unwrap().path();
+        if path.ends_with("tests.rs") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        for way in ["std::process", "tokio::process", "std::fs", "tokio::fs", "std::env", "libc::", "rustix::"] {
+            assert!(!text.contains(way), "{} names {way}", path.display());
+        }
+    }
+}

@@ -1,6 +1,8 @@
 //! The runtimes on this very host, with real namespaces and a real docker
 //! daemon.
 
+mod custom_conformance;
+mod custom_faults;
 mod docker_conformance;
 mod docker_fixture;
 mod docker_images;

@@ -10,7 +10,7 @@ use crate::config::Logging;
 use crate::failure::Advice;
 
 /// From here on events are logged.
-pub(super) fn start(settings: &Logging) -> anyhow::Result<()> {
+pub(crate) fn start(settings: &Logging) -> anyhow::Result<()> {
     let filter = filter(&settings.level)?;
     let pretty = match settings.format {
         LogFormat::Auto => std::io::stderr().is_terminal(),

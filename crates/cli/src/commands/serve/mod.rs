@@ -10,7 +10,7 @@
 //! start takes them up again. `--destroy-on-exit` destroys them instead.
 
 mod docker;
-mod logging;
+pub(crate) mod logging;
 mod options;
 mod port;
 mod providers;
@@ -31,8 +31,9 @@ use crate::failure::Advice;
 use crate::output::{Output, json_line, print};
 pub(crate) use options::{database, image_store};
 pub(crate) use port::owner as port_owner;
-use providers::Chosen;
-pub(crate) use providers::{KNOWN as KNOWN_PROVIDERS, enabled as enabled_providers, open_one};
+pub(crate) use providers::{
+    Chosen, KNOWN as KNOWN_PROVIDERS, enabled as enabled_providers, open as open_providers, open_one,
+};
 
 /// Run the server
 ///
@@ -194,13 +195,13 @@ async fn still_running(engine: &Engine) -> usize {
 }
 
 /// Requests to end: `SIGINT` and `SIGTERM`.
-struct Signals {
+pub(crate) struct Signals {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
 }
 
 impl Signals {
-    fn listen() -> anyhow::Result<Self> {
+    pub(crate) fn listen() -> anyhow::Result<Self> {
         let listen = |kind| signal(kind).context("listen for signals");
         Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
     }
@@ -212,14 +213,14 @@ impl Signals {
         }
     }
 
-    async fn first(&mut self) {
+    pub(crate) async fn first(&mut self) {
         self.next().await;
         tracing::info!("ending: open requests may finish");
     }
 }
 
 /// Every sandbox takes a few descriptors, and the usual limit is 1,024.
-fn raise_open_files() {
+pub(crate) fn raise_open_files() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use stacyvm_api::FindingLevel;
 use stacyvm_image::ImageStore;
+use stacyvm_providers::custom::{CustomOptions, CustomProvider};
 use stacyvm_providers::docker::DockerProvider;
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_providers::oci::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciProvider, OciRuntime};
@@ -21,12 +22,12 @@ const AUTO: &str = "auto";
 
 /// Every provider this program can have, in the order in which `auto` prefers
 /// them.
-pub(crate) const KNOWN: [&str; 3] = ["oci", "docker", "mock"];
+pub(crate) const KNOWN: [&str; 4] = ["oci", "docker", "custom", "mock"];
 
 /// The providers of a server.
-pub(super) struct Chosen {
-    pub(super) all: Vec<Arc<dyn Provider>>,
-    pub(super) default: String,
+pub(crate) struct Chosen {
+    pub(crate) all: Vec<Arc<dyn Provider>>,
+    pub(crate) default: String,
     /// Why that one, in a few words.
     pub(super) why: String,
     /// What keeps the default from making sandboxes, if anything does.
@@ -36,8 +37,8 @@ pub(super) struct Chosen {
 }
 
 /// Opens what the configuration enables.
-pub(super) async fn open(config: &Config, data_dir: &Path, environment: &Environment) -> anyhow::Result<Chosen> {
-    let wanted = config.providers.default.as_str();
+pub(crate) async fn open(config: &Config, data_dir: &Path, environment: &Environment) -> anyhow::Result<Chosen> {
+    let wanted = configured(config, &config.providers.default);
     if wanted != AUTO && !KNOWN.contains(&wanted) {
         return Err(Advice::new(
             format!("there is no provider `{wanted}`"),
@@ -58,6 +59,7 @@ pub(super) async fn open(config: &Config, data_dir: &Path, environment: &Environ
             )
             .into());
         }
+        ("custom", _) => (config.custom.name.clone(), "as configured".to_owned()),
         (wanted, _) => (wanted.to_owned(), "as configured".to_owned()),
     };
     let (mut troubles, mut shortcomings) = (Vec::new(), Vec::new());
@@ -77,7 +79,7 @@ pub(crate) async fn open_one(
     data_dir: &Path,
     environment: &Environment,
 ) -> anyhow::Result<Arc<dyn Provider>> {
-    match name {
+    match configured(config, name) {
         "oci" => {
             let images = ImageStore::open(image_store(config, data_dir, environment)).await?;
             let options = OciOptions { images: Some(images), ..oci(config, data_dir, environment) };
@@ -87,6 +89,10 @@ pub(crate) async fn open_one(
         "docker" => {
             let provider = DockerProvider::open(docker::options(config, data_dir, environment)?);
             Ok(Arc::new(provider.context("the provider docker cannot be used")?))
+        }
+        "custom" => {
+            let provider = CustomProvider::open(custom(config, data_dir)).await;
+            Ok(Arc::new(provider.context("the provider custom cannot be used")?))
         }
         "mock" => Ok(Arc::new(MockProvider::default())),
         other => Err(Advice::new(format!("there is no provider `{other}`"), format!("use {}", names())).into()),
@@ -98,10 +104,29 @@ pub(crate) fn enabled(config: &Config) -> Vec<&'static str> {
     let switched_on = |name: &str| match name {
         "oci" => config.oci.enabled,
         "docker" => config.docker.enabled,
+        "custom" => config.custom.enabled,
         "mock" => config.mock.enabled,
         _ => false,
     };
-    KNOWN.into_iter().filter(|name| switched_on(name) || config.providers.default == *name).collect()
+    KNOWN
+        .into_iter()
+        .filter(|name| switched_on(name) || configured(config, &config.providers.default) == *name)
+        .collect()
+}
+
+/// The custom provider has a name of its own, too.
+fn configured<'a>(config: &Config, name: &'a str) -> &'a str {
+    if name == config.custom.name { "custom" } else { name }
+}
+
+fn custom(config: &Config, data_dir: &Path) -> CustomOptions {
+    let settings = &config.custom;
+    CustomOptions {
+        name: settings.name.clone(),
+        api_key: settings.api_key.as_ref().map(|key| key.expose().to_owned()),
+        timeout: settings.timeout.get(),
+        ..CustomOptions::new(settings.base_url.clone(), data_dir.join("custom").join(&settings.name))
+    }
 }
 
 fn names() -> String {

@@ -229,6 +229,6 @@ fn collect_below(group: &Path, groups: &mut Vec<PathBuf>) {
     groups.push(group.to_owned());
 }
 
-pub(super) fn pid_of(child: &std::process::Child) -> Pid {
+pub(crate) fn pid_of(child: &std::process::Child) -> Pid {
     Pid::from_child(child)
 }

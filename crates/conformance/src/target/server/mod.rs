@@ -68,6 +68,14 @@ impl Target for ServerTarget {
             Ability::Dial | Ability::Ports => self.has("dial"),
             Ability::Usage => self.has("stats"),
             Ability::OutlivesOom => !self.has("oom_ends_sandbox"),
+            // What the API itself has; it does not tell what a runtime lacks of it.
+            Ability::Bytes
+            | Ability::FileDetails
+            | Ability::Archives
+            | Ability::LiveOutput
+            | Ability::Users
+            | Ability::Failures
+            | Ability::Limits => true,
         };
         (!has).then(|| format!("the server says that provider `{}` lacks {ability}", self.provider.name))
     }

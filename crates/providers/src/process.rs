@@ -1,5 +1,5 @@
 //! A command's output and end, as the agent keeps them: a bounded replay
-//! buffer in which every byte has an offset.
+//! buffer in which every byte has an offset. For runtimes without our agent.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,20 +16,20 @@ const REPLAY_BYTES_MAX: usize = 1 << 20;
 const STDIN_BYTES_MAX: usize = 1 << 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Channel {
+pub(crate) enum Channel {
     Stdout,
     Stderr,
     Terminal,
 }
 
 #[derive(Debug)]
-pub(super) struct Process {
-    pub(super) pid: u32,
-    pub(super) tag: Option<String>,
-    pub(super) argv: Vec<String>,
-    pub(super) terminal: bool,
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    pub(crate) tag: Option<String>,
+    pub(crate) argv: Vec<String>,
+    pub(crate) terminal: bool,
     /// Ends everything that the command started.
-    pub(super) group: CancellationToken,
+    pub(crate) group: CancellationToken,
     state: Mutex<State>,
     changed: watch::Sender<()>,
 }
@@ -50,20 +50,22 @@ struct State {
     killed: Option<Exit>,
     exit: Option<Exit>,
     gone: bool,
+    /// Nobody can tell any more how it goes on.
+    failure: Option<SessionError>,
 }
 
 /// How the process is to be made.
 #[derive(Debug)]
-pub(super) struct NewProcess {
-    pub(super) pid: u32,
-    pub(super) tag: Option<String>,
-    pub(super) argv: Vec<String>,
-    pub(super) terminal: Option<TerminalSize>,
-    pub(super) stdin_open: bool,
+pub(crate) struct NewProcess {
+    pub(crate) pid: u32,
+    pub(crate) tag: Option<String>,
+    pub(crate) argv: Vec<String>,
+    pub(crate) terminal: Option<TerminalSize>,
+    pub(crate) stdin_open: bool,
 }
 
 impl Process {
-    pub(super) fn new(new: NewProcess) -> Arc<Self> {
+    pub(crate) fn new(new: NewProcess) -> Arc<Self> {
         let state = State {
             chunks: VecDeque::new(),
             start: 0,
@@ -76,6 +78,7 @@ impl Process {
             killed: None,
             exit: None,
             gone: false,
+            failure: None,
         };
         Arc::new(Self {
             pid: new.pid,
@@ -88,30 +91,30 @@ impl Process {
         })
     }
 
-    pub(super) fn exit(&self) -> Option<Exit> {
+    pub(crate) fn exit(&self) -> Option<Exit> {
         self.lock().exit
     }
 
-    pub(super) fn terminal_size(&self) -> Option<TerminalSize> {
+    pub(crate) fn terminal_size(&self) -> Option<TerminalSize> {
         self.lock().size
     }
 
-    pub(super) fn resize(&self, size: TerminalSize) {
+    pub(crate) fn resize(&self, size: TerminalSize) {
         self.lock().size = Some(size);
     }
 
     /// Ends the command and everything that it started; the first one wins.
-    pub(super) fn kill(&self, exit: Exit) {
+    pub(crate) fn kill(&self, exit: Exit) {
         self.lock().killed.get_or_insert(exit);
         self.group.cancel();
     }
 
-    pub(super) fn killed(&self) -> Option<Exit> {
+    pub(crate) fn killed(&self) -> Option<Exit> {
         self.lock().killed
     }
 
     /// Unless the whole sandbox ended: then nobody is left to tell how.
-    pub(super) fn finish(&self, exit: Exit) {
+    pub(crate) fn finish(&self, exit: Exit) {
         let mut state = self.lock();
         if !state.gone {
             state.exit.get_or_insert(exit);
@@ -121,15 +124,28 @@ impl Process {
     }
 
     /// The sandbox ended: who reads hears so.
-    pub(super) fn lose(&self) {
+    pub(crate) fn lose(&self) {
         self.lock().gone = true;
         self.group.cancel();
         self.changed.send_replace(());
     }
 
+    /// The way to the command broke: who reads hears so after the output.
+    pub(crate) fn fail(&self, error: SessionError) {
+        self.lock().failure.get_or_insert(error);
+        self.group.cancel();
+        self.changed.send_replace(());
+    }
+
+    /// Whether it ended, in whatever way.
+    pub(crate) fn is_over(&self) -> bool {
+        let state = self.lock();
+        state.exit.is_some() || state.gone || state.failure.is_some()
+    }
+
     /// Appends output. Waits while a reader is so far behind that it would lose
     /// bytes; without readers the oldest output goes.
-    pub(super) async fn emit(&self, channel: Channel, bytes: Bytes) {
+    pub(crate) async fn emit(&self, channel: Channel, bytes: Bytes) {
         let channel = if self.terminal { Channel::Terminal } else { channel };
         let mut changed = self.changed.subscribe();
         loop {
@@ -138,7 +154,7 @@ impl Process {
                 let mut state = self.lock();
                 let slowest = state.readers.values().min().copied();
                 let fits = slowest.is_none_or(|at| state.end - at + bytes.len() as u64 <= REPLAY_BYTES_MAX as u64);
-                if fits || state.gone {
+                if fits || state.gone || state.failure.is_some() {
                     let at = state.end;
                     state.end += bytes.len() as u64;
                     state.chunks.push_back((at, channel, bytes));
@@ -153,7 +169,18 @@ impl Process {
         self.changed.send_replace(());
     }
 
-    pub(super) fn write_stdin(&self, bytes: &[u8]) -> Result<(), SessionError> {
+    /// Output that was written and that nobody has.
+    pub(crate) fn skip(&self, bytes: u64) {
+        let mut state = self.lock();
+        state.end = state.end.saturating_add(bytes);
+        if state.chunks.is_empty() {
+            state.start = state.end;
+        }
+        drop(state);
+        self.changed.send_replace(());
+    }
+
+    pub(crate) fn write_stdin(&self, bytes: &[u8]) -> Result<(), SessionError> {
         let mut state = self.lock();
         if state.exit.is_some() || !state.stdin_open {
             return Err(SessionError::InvalidArgument("the command's standard input is closed".to_owned()));
@@ -167,19 +194,19 @@ impl Process {
         Ok(())
     }
 
-    pub(super) fn close_stdin(&self) {
+    pub(crate) fn close_stdin(&self) {
         self.lock().stdin_open = false;
         self.changed.send_replace(());
     }
 
     /// Everything that arrived on standard input since the last call, or
     /// `None` at its end.
-    pub(super) async fn read_stdin(&self) -> Option<Vec<u8>> {
+    pub(crate) async fn read_stdin(&self) -> Option<Vec<u8>> {
         self.take_stdin(|pending| Some(pending.len())).await
     }
 
     /// One line with its newline; the rest without one at the end.
-    pub(super) async fn read_stdin_line(&self) -> Option<Vec<u8>> {
+    pub(crate) async fn read_stdin_line(&self) -> Option<Vec<u8>> {
         self.take_stdin(|pending| pending.iter().position(|byte| *byte == b'\n').map(|at| at + 1)).await
     }
 
@@ -203,7 +230,7 @@ impl Process {
     }
 
     /// Events from `offset` on, then live.
-    pub(super) fn stream(self: &Arc<Self>, offset: u64) -> ProcessStream {
+    pub(crate) fn stream(self: &Arc<Self>, offset: u64) -> ProcessStream {
         let mut state = self.lock();
         let reader = state.next_reader;
         state.next_reader += 1;
@@ -311,6 +338,12 @@ impl Cursor {
                 Channel::Terminal => ProcessEvent::Terminal(bytes),
             }));
         }
+        if self.wanted < state.end {
+            let next = state.chunks.iter().map(|(start, _, _)| *start).find(|start| *start > self.wanted);
+            let bytes = next.unwrap_or(state.end) - self.wanted;
+            self.wanted += bytes;
+            return Some(Ok(ProcessEvent::Dropped { bytes }));
+        }
         if let Some(exit) = state.exit {
             self.phase = Phase::Ended;
             return Some(Ok(ProcessEvent::Exited(exit)));
@@ -319,7 +352,38 @@ impl Cursor {
             self.phase = Phase::Ended;
             return Some(Err(SessionError::Gone));
         }
+        if let Some(failure) = &state.failure {
+            self.phase = Phase::Ended;
+            return Some(Err(retold(failure)));
+        }
         None
+    }
+}
+
+/// The same failure for another reader; causes become text.
+fn retold(error: &SessionError) -> SessionError {
+    match error {
+        SessionError::Gone => SessionError::Gone,
+        SessionError::DeadlineExceeded => SessionError::DeadlineExceeded,
+        SessionError::PidsExhausted => SessionError::PidsExhausted,
+        SessionError::MemoryExhausted => SessionError::MemoryExhausted,
+        SessionError::DiskFull => SessionError::DiskFull,
+        SessionError::InvalidArgument(text) => SessionError::InvalidArgument(text.clone()),
+        SessionError::FileNotFound(path) => SessionError::FileNotFound(path.clone()),
+        SessionError::FileConflict(text) => SessionError::FileConflict(text.clone()),
+        SessionError::FileForbidden(path) => SessionError::FileForbidden(path.clone()),
+        SessionError::ProcessNotFound(process) => SessionError::ProcessNotFound(process.clone()),
+        SessionError::CommandNotFound(text) => SessionError::CommandNotFound(text.clone()),
+        SessionError::UserNotFound(user) => SessionError::UserNotFound(user.clone()),
+        SessionError::Limited(what) => SessionError::Limited(what),
+        SessionError::Unsupported(what) => SessionError::Unsupported(what),
+        SessionError::PortClosed(port) => SessionError::PortClosed(port.clone()),
+        SessionError::Unavailable(cause) => {
+            SessionError::Unavailable(cause.as_ref().map(|cause| cause.to_string().into()))
+        }
+        SessionError::Failed { operation, cause } => {
+            SessionError::Failed { operation, cause: cause.to_string().into() }
+        }
     }
 }
 
@@ -327,5 +391,49 @@ impl Drop for Cursor {
     fn drop(&mut self) {
         self.process.lock().readers.remove(&self.reader);
         self.process.changed.send_replace(());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt as _;
+
+    use super::*;
+
+    fn process() -> Arc<Process> {
+        Process::new(NewProcess { pid: 1, tag: None, argv: Vec::new(), terminal: None, stdin_open: false })
+    }
+
+    #[tokio::test]
+    async fn lost_output_is_told_where_it_was() {
+        let process = process();
+        process.emit(Channel::Stdout, Bytes::from_static(b"ab")).await;
+        process.skip(5);
+        process.emit(Channel::Stderr, Bytes::from_static(b"cd")).await;
+        process.skip(7);
+        let exit = Exit { code: Some(0), signal: None, timed_out: false };
+        process.finish(exit);
+        let events: Vec<_> = process.stream(0).skip(1).map(Result::unwrap).collect().await;
+        let expected = [
+            ProcessEvent::Stdout(Bytes::from_static(b"ab")),
+            ProcessEvent::Dropped { bytes: 5 },
+            ProcessEvent::Stderr(Bytes::from_static(b"cd")),
+            ProcessEvent::Dropped { bytes: 7 },
+            ProcessEvent::Exited(exit),
+        ];
+        assert_eq!(events, expected);
+    }
+
+    #[tokio::test]
+    async fn a_failure_comes_after_the_output_and_for_every_reader() {
+        let process = process();
+        process.emit(Channel::Stdout, Bytes::from_static(b"so far")).await;
+        process.fail(SessionError::DiskFull);
+        for _ in 0..2 {
+            let mut stream = process.stream(0).skip(1);
+            assert_eq!(stream.next().await.unwrap().unwrap(), ProcessEvent::Stdout(Bytes::from_static(b"so far")));
+            assert!(matches!(stream.next().await, Some(Err(SessionError::DiskFull))));
+            assert!(stream.next().await.is_none());
+        }
     }
 }

@@ -1,0 +1,84 @@
+//! One place that turns failures into answers.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use stacyvm_api::backend::{Code, Failure};
+use stacyvm_sandbox::{ProviderError, SessionError};
+
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    status: u16,
+    pub(crate) failure: Failure,
+}
+
+pub(crate) type Answer<T> = Result<T, Refusal>;
+
+impl Refusal {
+    pub(crate) fn new(status: u16, code: Code, message: impl Into<String>) -> Self {
+        Self { status, failure: Failure { code, message: message.into() } }
+    }
+
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(400, Code::BadRequest, message)
+    }
+
+    pub(crate) fn not_found() -> Self {
+        Self::new(404, Code::NotFound, "there is no such sandbox")
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, Json(self.failure)).into_response()
+    }
+}
+
+impl From<SessionError> for Refusal {
+    fn from(error: SessionError) -> Self {
+        let (status, code) = match &error {
+            SessionError::Gone => return Self::not_found(),
+            SessionError::InvalidArgument(_) => (400, Code::BadRequest),
+            SessionError::FileNotFound(_) => (404, Code::FileNotFound),
+            SessionError::FileConflict(_) => (409, Code::FileConflict),
+            SessionError::FileForbidden(_) => (409, Code::FileForbidden),
+            SessionError::ProcessNotFound(_) => (404, Code::ProcessNotFound),
+            SessionError::CommandNotFound(_) => (400, Code::CommandNotFound),
+            SessionError::UserNotFound(_) => (400, Code::UserNotFound),
+            SessionError::DeadlineExceeded => (408, Code::Timeout),
+            SessionError::PidsExhausted => (409, Code::SandboxPidsExhausted),
+            SessionError::MemoryExhausted => (409, Code::SandboxOom),
+            SessionError::DiskFull => (507, Code::SandboxDiskFull),
+            SessionError::Limited(_) => (429, Code::ResourceLimit),
+            SessionError::Unsupported(_) => (501, Code::Unsupported),
+            SessionError::PortClosed(_) => (409, Code::PortClosed),
+            SessionError::Unavailable(_) => (503, Code::Unavailable),
+            SessionError::Failed { .. } => (500, Code::InternalError),
+        };
+        if status >= 500 {
+            tracing::warn!(error = &error as &dyn std::error::Error, "a call failed");
+        }
+        Self::new(status, code, error.to_string())
+    }
+}
+
+impl From<ProviderError> for Refusal {
+    fn from(error: ProviderError) -> Self {
+        let (status, code) = match &error {
+            ProviderError::NotFound(_) => return Self::not_found(),
+            ProviderError::Unsupported { .. } => (501, Code::Unsupported),
+            ProviderError::InvalidSpec { .. } => (400, Code::BadRequest),
+            ProviderError::LimitUnsupported { .. } => (400, Code::LimitUnsupported),
+            ProviderError::Image { .. } => (400, Code::ImageNotFound),
+            ProviderError::RegistryUnavailable { .. } => (503, Code::RegistryUnavailable),
+            ProviderError::Exhausted { .. } => (429, Code::ResourceLimit),
+            ProviderError::Unavailable { .. } => (503, Code::Unavailable),
+            ProviderError::Failed { .. } => (500, Code::InternalError),
+        };
+        if status >= 500 {
+            tracing::warn!(error = &error as &dyn std::error::Error, "a call failed");
+        }
+        Self::new(status, code, error.to_string())
+    }
+}
