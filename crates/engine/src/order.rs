@@ -24,6 +24,8 @@ const ENV_MAX_ENTRIES: usize = 512;
 const ENV_MAX_BYTES: usize = 128 * 1024;
 const USER_MAX_BYTES: usize = 64;
 const ALLOW_MAX_ENTRIES: usize = 128;
+/// 16 TiB: more than hosts have, and far below where bytes overflow.
+const MEMORY_MAX_MIB: u64 = 1 << 24;
 /// Processes at most, which is also Linux' own maximum of pids.
 const PIDS_MAX: u64 = 1 << 22;
 
@@ -169,7 +171,11 @@ impl Shared {
     fn check_sizes(&self, order: &Order) -> Result<(), EngineError> {
         let limits = &self.options.limits;
         let asked = [
-            ("memory_mb", order.memory_mb as f64, limits.max_memory_mb.map(|max| max as f64)),
+            (
+                "memory_mb",
+                order.memory_mb as f64,
+                Some(limits.max_memory_mb.unwrap_or(MEMORY_MAX_MIB).min(MEMORY_MAX_MIB) as f64),
+            ),
             ("vcpus", order.vcpus, limits.max_vcpus),
             ("disk_size_mb", order.disk_size_mb.unwrap_or(0) as f64, limits.max_disk_size_mb.map(|max| max as f64)),
             ("pids_limit", order.pids_limit as f64, Some(PIDS_MAX as f64)),

@@ -67,7 +67,7 @@ pub enum ServerError {
     OpenToEveryOrigin,
     #[error(
         "callers need a key, and no key is valid. Set auth.api_key, or make a key: \
-         stacyvm key create NAME --scope admin --data-dir DIR"
+         stacyvm key create NAME --scope read --scope api --scope admin --data-dir DIR"
     )]
     NoUsableKey,
     #[error(

@@ -102,10 +102,18 @@ pub(crate) fn rename(from: &Path, to: &Path, owner: &Identity) -> Result<Entry, 
     Entry::read(to)
 }
 
+/// Whether the last part is a name. The root has none, and neither have `.` and
+/// `..`, which the kernel refuses only once everything in them is gone.
+fn is_named(path: &Path) -> bool {
+    let parts = path.as_os_str().as_encoded_bytes().rsplit(|byte| *byte == b'/');
+    !matches!(parts.into_iter().find(|part| !part.is_empty()), None | Some(b"." | b".."))
+}
+
 pub(crate) fn remove(path: &Path, removal: Removal) -> Result<(), Failure> {
     let fail = |error: io::Error| Failure::file(path, &error);
-    if path.parent().is_none() {
-        return Err(Failure::InvalidArgument("the root directory cannot be removed".to_owned()));
+    if !is_named(path) {
+        let message = format!("only what has a name of its own can be removed, not {}", path.display());
+        return Err(Failure::InvalidArgument(message));
     }
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
@@ -206,6 +214,13 @@ mod tests {
 
         rename(&root.path().join("a/file"), &root.path().join("new/dir/file"), &me()).expect("parents are made");
         assert!(matches!(remove(&root.path().join("a"), Removal::Single), Err(Failure::FileConflict(_))));
+        std::fs::write(root.path().join("a/kept"), "").expect("a file");
+        for unnamed in ["a/.", "a/./", "a/b/..", "a/b/..//"] {
+            let refused = remove(&root.path().join(unnamed), Removal::Recursive);
+            assert!(matches!(refused, Err(Failure::InvalidArgument(_))), "{unnamed}: {refused:?}");
+        }
+        assert!(matches!(remove(Path::new("//"), Removal::Recursive), Err(Failure::InvalidArgument(_))));
+        assert!(root.path().join("a/kept").exists());
         remove(&root.path().join("a"), Removal::Recursive).expect("everything below too");
         remove(&root.path().join("a"), Removal::Recursive).expect("missing is no error");
         assert!(matches!(remove(&root.path().join("a"), Removal::Single), Err(Failure::FileNotFound(_))));

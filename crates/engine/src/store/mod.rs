@@ -101,10 +101,10 @@ impl Store {
         // bad file much later.
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS_MAX)
-            .connect_with(options.read_only(true).create_if_missing(false))
+            .connect_with(options.clone().read_only(true).create_if_missing(false))
             .await
             .doing("open the database for reading")?;
-        Ok(Self { readers, writer: Arc::new(Writer::new(connection)) })
+        Ok(Self { readers, writer: Arc::new(Writer::new(connection, options)) })
     }
 
     pub(crate) fn writer(&self) -> &Arc<Writer> {

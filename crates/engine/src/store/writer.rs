@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use sqlx::Connection as _;
-use sqlx::sqlite::SqliteConnection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::{ConnectOptions as _, Connection as _};
 use stacyvm_api::{ExecId, KeyId, SandboxId, Timestamp};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
@@ -39,6 +39,8 @@ pub(crate) struct Writer {
     some: Notify,
     urgent: Notify,
     connection: tokio::sync::Mutex<SqliteConnection>,
+    /// How to have another one.
+    reopen: SqliteConnectOptions,
     /// Nobody writes in the background any more.
     ended: CancellationToken,
     failing: AtomicBool,
@@ -86,8 +88,9 @@ impl Pending {
 }
 
 impl Writer {
-    pub(super) fn new(connection: SqliteConnection) -> Self {
+    pub(super) fn new(connection: SqliteConnection, reopen: SqliteConnectOptions) -> Self {
         Self {
+            reopen,
             pending: Mutex::default(),
             some: Notify::new(),
             urgent: Notify::new(),
@@ -232,6 +235,12 @@ impl Writer {
         // Before others may write: what is put back is older than all they have.
         if written.is_err() {
             self.put_back(batch);
+            // After some failures, a full disk among them, SQLite has ended the
+            // transaction by itself, and this connection does not know.
+            match self.reopen.connect().await {
+                Ok(fresh) => *connection = fresh,
+                Err(error) => tracing::warn!(%error, "the database cannot be opened anew"),
+            }
         }
         drop(connection);
         written
@@ -303,4 +312,44 @@ async fn write(connection: &mut SqliteConnection, batch: &Pending) -> Result<(),
         keys::save_use(&mut transaction, id, *at).await?;
     }
     transaction.commit().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Store;
+    use super::*;
+
+    fn entry(detail: String) -> OperationRow {
+        OperationRow {
+            at: Timestamp::from_unix_ms(1),
+            actor: "somebody".to_owned(),
+            tenant: None,
+            action: "test",
+            sandbox_id: None,
+            provider: "mock".to_owned(),
+            resource: String::new(),
+            success: true,
+            detail,
+            duration: Duration::ZERO,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_got_over_once_there_is_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&directory.path().join("db")).await.unwrap();
+        let writer = store.writer();
+        // What a full disk is to SQLite; it counts for this connection only.
+        sqlx::query("PRAGMA max_page_count = 1").execute(&mut *writer.connection().await).await.unwrap();
+        writer.log_operation(entry("x".repeat(1 << 20)));
+        let full = writer.flush().await.unwrap_err();
+        assert!(format!("{full:?}").contains("full"), "{full:?}");
+        assert!(writer.check().is_err());
+        writer.log_operation(entry("later".to_owned()));
+        writer.flush().await.unwrap();
+        writer.check().unwrap();
+        let kept: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM operation_log").fetch_one(&store.readers).await.unwrap();
+        assert_eq!(kept, 2, "nothing was lost");
+    }
 }

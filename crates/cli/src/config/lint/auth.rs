@@ -28,7 +28,7 @@ impl Linter<'_> {
             "auth.enabled",
             "callers need a key",
             "callers may need no key: whoever reaches the server may run code",
-            "make one (stacyvm key create NAME --scope admin) and set auth.enabled to true, or set auth.api_key_file",
+            "make one (stacyvm key create NAME --scope read --scope api --scope admin) and set auth.enabled to true, or set auth.api_key_file",
         );
         for (key, secret) in [("auth.api_key", api), ("auth.admin_api_key", admin)] {
             if secret.is_none() && demanded {
