@@ -48,7 +48,7 @@ pub(crate) async fn edge(State(app): State<App>, mut request: Request, next: Nex
     let failure = envelope(&mut response, &request_id);
     grant.apply(response.headers_mut());
     protect(response.headers_mut(), is_api);
-    body_read.announce_close(&mut response);
+    body_read.settle(&mut response).await;
     if let Ok(value) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }

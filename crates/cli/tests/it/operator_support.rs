@@ -58,6 +58,7 @@ fn plant(schema: &Value, depth: usize, lines: &mut Vec<String>, planted: &mut us
         let refused = name.starts_with("oidc") || LEFT_ALONE.contains(&name.as_str()) || below.get("pattern").is_some();
         let value = match () {
             () if refused => continue,
+            () if ["cpus", "memory", "tmpfs"].contains(&name.as_str()) => continue,
             () if takes("array") && takes("object") => format!("[{MARK}, other]"),
             () if name == "cors_allowed_origins" => format!("['https://{MARK}.example']"),
             () if takes("array") => format!("['{MARK}.example']"),

@@ -65,7 +65,9 @@ async fn a_page_in_a_preview_cannot_drive_the_api() {
         "fetch('{exec}', {{ method: 'POST', headers: {{ 'Content-Type': 'application/json' }}, body: '{command}' }})\
          .then(answer => answer.status)"
     );
-    assert_eq!(rebound.evaluate(&fetch).await, Ok(json!(403)));
+    // The refusal is a page that may not call anybody.
+    let tried: Result<Value, String> = rebound.evaluate(&fetch).await;
+    assert!(tried.is_err(), "{tried:?}");
 
     let look = |command: String| ExecRequest { command, ..ExecRequest::default() };
     let owned = sandbox.exec(&look(format!("test -e {OWNED}"))).await.unwrap();

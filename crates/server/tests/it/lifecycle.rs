@@ -227,6 +227,9 @@ async fn an_answer_before_the_body_says_that_the_connection_ends() {
         let live = crate::support::Live::read(head).await;
         assert_eq!((live.status, live.header("connection")), (status, Some("close")));
     }
+    // A small body that is there is read, whatever the answer.
+    let refused = post("", "/sandboxes").send().await;
+    assert_eq!((refused.status, refused.header("connection")), (401, None));
     let read = post("k", "/sandboxes").send().await;
     assert_eq!((read.status, read.header("connection")), (201, None));
     let none = fixture.api("GET", "/sandboxes").key("").send().await;
