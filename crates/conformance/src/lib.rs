@@ -30,7 +30,7 @@ pub use census::{Census, CensusScope, processes as census_processes};
 pub use check::{Ability, Check, Checked, Failure};
 pub use checks::all as checks;
 pub use context::{Context, Subject};
-pub use render::Format;
+pub use render::{Format, escaped_markdown};
 pub use report::{CheckReport, Report, Status, Summary};
 pub use suite::{Observer, RunOptions, SelectError, run};
 pub use target::{Order, ProviderTarget, SandboxView, ServerTarget, Target, TargetError};

@@ -178,8 +178,8 @@ fn escaped_xml(text: &str) -> String {
     escaped
 }
 
-/// Text for a cell of a Markdown table.
-fn escaped_markdown(text: &str) -> String {
+/// Text for a cell of a Markdown table: a guest's words stay words.
+pub fn escaped_markdown(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

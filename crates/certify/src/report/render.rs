@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::str::FromStr;
 
+use stacyvm_conformance::escaped_markdown;
+
 use super::{Outcome, Report, seal};
 
 /// In which form a report is written.
@@ -102,7 +104,7 @@ impl Report {
     fn markdown(&self) -> String {
         let mut text = "# StacyVM Runtime Certification\n\n".to_owned();
         for (label, value) in self.facts() {
-            let _ = writeln!(text, "- {label}: {}", escaped(&value));
+            let _ = writeln!(text, "- {label}: {}", escaped_markdown(&value));
         }
         text.push_str("\n## Checks\n\n| Status | Check | Message | Evidence |\n|---|---|---|---|\n");
         for check in &self.checks {
@@ -112,12 +114,12 @@ impl Report {
                 "| {} | {}: {} | {} | {} |",
                 check.status.as_str(),
                 check.name,
-                escaped(&check.title),
-                escaped(&format!("{}{fix}", check.message)),
-                escaped(&check.evidence.join("; "))
+                escaped_markdown(&check.title),
+                escaped_markdown(&format!("{}{fix}", check.message)),
+                escaped_markdown(&check.evidence.join("; "))
             );
         }
-        self.rest(&mut text, escaped);
+        self.rest(&mut text, escaped_markdown);
         text
     }
 
@@ -157,22 +159,6 @@ impl Report {
 
 fn one_line(text: &str) -> String {
     text.replace(['\n', '\r'], " ")
-}
-
-/// Text for a cell of a Markdown table: a guest's words stay words.
-fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '|' | '\\' | '`' | '*' | '_' | '<' | '[' => {
-                escaped.push('\\');
-                escaped.push(c);
-            }
-            '\n' | '\r' => escaped.push(' '),
-            other => escaped.push(other),
-        }
-    }
-    escaped
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 
 use serde_json::{Value, json};
 use stacyvm_api::ExecRequest;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::browser::Browser;
 use crate::server::{PORT, Server, site};
@@ -68,6 +70,18 @@ async fn a_page_in_a_preview_cannot_drive_the_api() {
     // The refusal is a page that may not call anybody.
     let tried: Result<Value, String> = rebound.evaluate(&fetch).await;
     assert!(tried.is_err(), "{tried:?}");
+    // And the call itself, as such a page would make it, is refused.
+    let call = format!(
+        "POST {exec} HTTP/1.1\r\nHost: evil.example:{}\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\nConnection: close\r\n\r\n{command}",
+        server.port,
+        command.len()
+    );
+    let mut stream = TcpStream::connect(("127.0.0.1", server.port)).await.unwrap();
+    stream.write_all(call.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
 
     let look = |command: String| ExecRequest { command, ..ExecRequest::default() };
     let owned = sandbox.exec(&look(format!("test -e {OWNED}"))).await.unwrap();
