@@ -140,7 +140,7 @@ async fn prometheus_text_has_published_names_with_the_right_types() {
     let fixture = Fixture::open().await;
     let id = fixture.sandbox().await;
     fixture.post(&format!("/sandboxes/{id}/exec"), &json!({ "command": "true" })).await.expect(200);
-    fixture.get("/no-such-route/0123").await;
+    fixture.get("/no-such-route").await;
     let answer = fixture.get("/metrics/prometheus").await;
     assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
     let types = checked_exposition(answer.text());
@@ -176,7 +176,7 @@ async fn prometheus_text_has_published_names_with_the_right_types() {
     ] {
         assert!(text.contains(sample), "{sample} is not in:\n{text}");
     }
-    assert!(!text.contains("0123") && !text.contains(&id), "labels come from the route table");
+    assert!(!text.contains("no-such-route") && !text.contains(&id), "labels come from the route table");
 
     let open = fixture.api("GET", "/metrics/prometheus").header("Accept", "application/openmetrics-text").send().await;
     assert!(open.header("content-type").unwrap().starts_with("application/openmetrics-text"));
