@@ -23,12 +23,22 @@ use crate::{Sandbox, lifecycle, serve};
 const BLOCKING_THREADS: usize = 4;
 const FOREVER: Duration = Duration::from_hours(100 * 365 * 24);
 
-/// Before anything secret is in memory: no core dump, no `ptrace`, no reading of
-/// `/proc/PID` by the same user.
-pub(crate) fn harden() {
+/// Who may look into this process's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Memory {
+    OwnOnly,
+    /// Also whoever traces it already; nobody else can attach then.
+    OfTracer,
+}
+
+/// Before anything secret is in memory: unless a tracer needs it, no core dump,
+/// no `ptrace` and no reading of `/proc/PID` by the same user.
+pub(crate) fn harden(memory: Memory) {
     // SAFETY: prctl and mallopt take plain numbers here; umask cannot fail.
     unsafe {
-        libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+        if memory == Memory::OwnOnly {
+            libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+        }
         // One heap for all threads, given back early: the agent sits idle in
         // every sandbox.
         #[cfg(target_env = "gnu")]

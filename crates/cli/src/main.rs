@@ -25,6 +25,9 @@ fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|name| name == agent::SPAWNER_COMMAND) {
         agent::spawner();
     }
+    if std::env::args_os().nth(1).is_some_and(|name| name == agent::LAUNCHER_COMMAND) {
+        agent::launcher();
+    }
     let matches = Cli::command().get_matches();
     let cli = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli,

@@ -4,5 +4,6 @@ pub mod custom;
 pub mod docker;
 pub mod mock;
 pub mod oci;
+pub mod proot;
 
 mod process;

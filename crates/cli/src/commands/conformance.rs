@@ -12,6 +12,8 @@ use stacyvm_conformance::{
     Check, CheckReport, Format, Observer, ProviderTarget, RunOptions, ServerTarget, Status, Target,
 };
 
+use stacyvm_providers::proot::Permission;
+
 use crate::commands::Context;
 use crate::commands::serve::open_one;
 use crate::config::{self, Environment};
@@ -116,7 +118,7 @@ impl Subject {
         let dir = data_dir::resolve(chosen, environment.home.as_deref())?;
         data_dir::create(&dir)?;
         let lock = DataDirLock::take(&dir)?;
-        let provider = open_one(name, &config, &dir, &environment).await?;
+        let provider = open_one(name, &config, &dir, &environment, &Permission::given()).await?;
         Ok(Self { target: Arc::new(ProviderTarget::new(provider.clone())), provider: Some((provider, lock)) })
     }
 

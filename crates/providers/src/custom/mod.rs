@@ -299,6 +299,8 @@ impl Provider for CustomProvider {
             imitated: offered.said.imitated,
             oom_ends_sandbox: offered.said.oom_ends_sandbox,
             family: "remote_http",
+            shares_host: false,
+            rewrites_paths: false,
         }
     }
 

@@ -210,6 +210,8 @@ impl Provider for MockProvider {
             stats: true,
             survives_restart: true,
             network: true,
+            shares_host: false,
+            rewrites_paths: false,
             pause: true,
             oom_ends_sandbox: false,
             imitated: true,

@@ -13,12 +13,12 @@ use tokio::net::UnixStream;
 use super::state;
 
 /// Opens streams to one sandbox's agent.
-pub(super) struct OciChannel {
+pub(crate) struct OciChannel {
     directory: OwnedFd,
 }
 
 impl OciChannel {
-    pub(super) fn new(sandbox: &Path) -> io::Result<Self> {
+    pub(crate) fn new(sandbox: &Path) -> io::Result<Self> {
         Ok(Self { directory: open_dir(sandbox)? })
     }
 }
@@ -32,7 +32,7 @@ impl AgentChannel for OciChannel {
 
 /// The socket that the agent will inherit. Bound by the host in a directory
 /// that is never visible inside, so that only the host can connect.
-pub(super) fn listen(sandbox: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn listen(sandbox: &Path) -> io::Result<OwnedFd> {
     let directory = open_dir(sandbox)?;
     Ok(UnixListener::bind(path_in(&directory))?.into())
 }

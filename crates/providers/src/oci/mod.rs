@@ -17,9 +17,9 @@
 //! finds what nobody owns. The rest is named after what the kernel calls it.
 
 mod capabilities;
-mod cgroup;
-mod channel;
-mod claims;
+pub(crate) mod cgroup;
+pub(crate) mod channel;
+pub(crate) mod claims;
 mod create;
 mod destroy;
 mod disk;
@@ -27,23 +27,23 @@ mod error;
 mod external;
 mod health;
 mod host_image;
-mod ids;
+pub(crate) mod ids;
 mod launch;
 mod network;
 mod options;
 mod pairs;
-mod process;
+pub(crate) mod process;
 mod registry;
 mod rootless;
 mod runtime;
-mod seccomp;
-mod spawner;
+pub(crate) mod seccomp;
+pub(crate) mod spawner;
 mod state;
 mod strays;
 mod sweep;
-mod sys;
-mod trash;
-mod usage;
+pub(crate) mod sys;
+pub(crate) mod trash;
+pub(crate) mod usage;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -40,10 +40,10 @@ pub(super) const SOCKET_FAMILIES: [i32; 5] =
 /// UNAME26, both, and asking for the current one.
 pub(super) const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
-pub(super) type Program = Vec<libc::sock_filter>;
+pub(crate) type Program = Vec<libc::sock_filter>;
 
 /// Builds the profile.
-pub(super) fn build() -> Result<Program, seccompiler::BackendError> {
+pub(crate) fn build() -> Result<Program, seccompiler::BackendError> {
     let arguments_matter: seccompiler::BpfProgram = SeccompFilter::new(
         conditional_calls()?,
         SeccompAction::Errno(libc::EPERM as u32),
@@ -145,11 +145,11 @@ const AUDIT_ARCH: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 const AUDIT_ARCH: u32 = 0xc000_00b7;
 
-fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+pub(crate) fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt, jf, k }
 }
 
-fn load(offset: u32) -> libc::sock_filter {
+pub(crate) fn load(offset: u32) -> libc::sock_filter {
     instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
 }
 
@@ -169,7 +169,7 @@ fn jump_if_greater_or_equal(value: u32, then: u8, otherwise: u8) -> libc::sock_f
     instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, then, otherwise, value)
 }
 
-fn give(action: u32) -> libc::sock_filter {
+pub(crate) fn give(action: u32) -> libc::sock_filter {
     instruction(libc::BPF_RET | libc::BPF_K, 0, 0, action)
 }
 

@@ -121,11 +121,11 @@ pub(in crate::oci) struct HostPlan {
 
 /// How the child gets into its control groups.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
-pub(in crate::oci) struct CgroupPlan {
+pub(crate) struct CgroupPlan {
     /// `tasks` files of v1 hierarchies, which the child writes itself into.
-    pub(in crate::oci) v1_tasks: Vec<PathBuf>,
+    pub(crate) v1_tasks: Vec<PathBuf>,
     /// Directory of the v2 hierarchy, which the child is cloned into.
-    pub(in crate::oci) v2_dir: Option<PathBuf>,
+    pub(crate) v2_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -149,12 +149,12 @@ pub(in crate::oci) enum Done {
 
 /// Who a sandbox's init is. A number alone may be somebody else's tomorrow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::oci) struct Identity {
-    pub(in crate::oci) pid: i32,
+pub(crate) struct Identity {
+    pub(crate) pid: i32,
     /// Clock ticks after boot (field 22 of `/proc/PID/stat`).
-    pub(in crate::oci) start_time: u64,
+    pub(crate) start_time: u64,
     /// Inode of its pid namespace.
-    pub(in crate::oci) pid_namespace: u64,
+    pub(crate) pid_namespace: u64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
