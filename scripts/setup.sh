@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh build   compiler and Rust
 #   scripts/setup.sh run     also what sandboxes use
+#   scripts/setup.sh bench   also what it is measured beside
 #   scripts/setup.sh test    also what tests use
 #
 # On Debian and Ubuntu packages come through apt, with sudo where needed.
@@ -13,18 +14,20 @@ root="$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)"
 what="${1:-build}"
 wanted_rust="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")"
 
-packages="build-essential ca-certificates curl git"
+building="build-essential ca-certificates curl git"
+running="$building e2fsprogs iproute2 iptables nftables python3"
 case "$what" in
-    build) ;;
-    run) packages="$packages e2fsprogs iproute2 iptables nftables python3" ;;
+    build) packages="$building" ;;
+    run) packages="$running" ;;
+    bench) packages="$running busybox-static crun proot runc" ;;
     test)
-        packages="$packages e2fsprogs iproute2 iptables nftables python3 python3-venv"
+        packages="$running python3-venv"
         packages="$packages $(grep -v '^#' "$root/scripts/test-packages.txt" | tr '\n' ' ')"
         # A kernel with disk quotas, for hosts whose own has none. There is one for this architecture only.
         [ "$(uname -m)" != x86_64 ] || packages="$packages user-mode-linux"
         ;;
     *)
-        sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+        sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
         exit 2
         ;;
 esac

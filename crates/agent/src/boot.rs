@@ -71,8 +71,9 @@ pub(crate) fn run(config: BootConfig, listener: StdUnixListener, peers: Peers) -
         .build()?;
     runtime.block_on(async {
         let sandbox = Arc::new(Sandbox::new(config, open_files));
-        // The first thread exists before anything can use up the limit.
-        tokio::task::spawn_blocking(|| ()).await.map_err(io::Error::other)?;
+        // The first thread exists before anything can use up the limit; nobody
+        // waits until it runs.
+        drop(tokio::task::spawn_blocking(|| ()));
         let listener = UnixListener::from_std(listener)?;
         tokio::select! {
             result = serve::accept(listener, peers, Arc::clone(&sandbox)) => result,

@@ -6,4 +6,5 @@ pub mod mock;
 pub mod oci;
 pub mod proot;
 
+mod host;
 mod process;

@@ -112,6 +112,9 @@ pub struct Capabilities {
     pub stats: bool,
     /// Sandboxes outlive the server process.
     pub survives_restart: bool,
+    /// Every sandbox it has ever begun to make is listed or swept, also after a
+    /// crash in the middle: nothing is lost without a record of the engine's.
+    pub keeps_records: bool,
     /// An outgoing network.
     pub network: bool,
     pub pause: bool,

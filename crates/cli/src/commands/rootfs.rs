@@ -44,9 +44,10 @@ struct BuildArgs {
     /// Unpack this image, which is fetched if it is not here
     #[arg(long, value_name = "REFERENCE", conflicts_with_all = ["suite", "include", "mirror"])]
     image: Option<String>,
-    /// Release that debootstrap makes
-    #[arg(long, default_value = "stable")]
-    suite: String,
+    /// Release that debootstrap makes; this host's own on Debian and Ubuntu,
+    /// `stable` elsewhere
+    #[arg(long)]
+    suite: Option<String>,
     /// Packages besides the minimal ones, separated by commas
     #[arg(long, value_name = "PACKAGES")]
     include: Option<String>,
@@ -97,7 +98,8 @@ async fn debootstrap(args: &BuildArgs, target: &Path) -> anyhow::Result<()> {
     }
     let mut command = tokio::process::Command::new("debootstrap");
     command.arg("--variant=minbase").args(args.include.iter().map(|list| format!("--include={list}")));
-    command.arg(&args.suite).arg(target).args(&args.mirror);
+    let suite = args.suite.clone().or_else(own_release).unwrap_or_else(|| "stable".to_owned());
+    command.arg(suite).arg(target).args(&args.mirror);
     // Its progress is for people; what this command prints is for programs.
     command.stdin(Stdio::null()).stdout(std::io::stderr());
     let status = match command.status().await {
@@ -110,6 +112,14 @@ async fn debootstrap(args: &BuildArgs, target: &Path) -> anyhow::Result<()> {
     };
     anyhow::ensure!(status.success(), "debootstrap failed ({status})");
     Ok(())
+}
+
+/// The release of this host, if debootstrap knows how to make it: its keys are
+/// here too.
+fn own_release() -> Option<String> {
+    let text = std::fs::read_to_string("/etc/os-release").ok()?;
+    let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="))?.trim_matches('"');
+    Path::new("/usr/share/debootstrap/scripts").join(name).exists().then(|| name.to_owned())
 }
 
 /// A directory that goes away unless it gets its name.

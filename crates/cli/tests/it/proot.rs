@@ -61,3 +61,18 @@ async fn without_namespaces_a_key_is_needed() {
     let ran = crate::support::run(command, b"").await.ok();
     assert_eq!(ran.stdout(), "works\n", "{ran}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_distribution_is_made_and_its_python_runs() {
+    let site = Site::with_image();
+    let rootfs = site.home().join("debian");
+    let path = rootfs.to_str().expect("text").to_owned();
+    site.run(&["rootfs", "build", "--include", "python3-minimal", &path]).await.ok().says("made");
+    let server = Server::start_with(&site, |serve| {
+        serve.arg("--destroy-on-exit");
+        serve.env("STACYVM_PROVIDERS_DEFAULT", "proot").env("STACYVM_PROVIDERS_PROOT_ROOTFS_PATH", &path);
+    })
+    .await;
+    let ran = server.run(&["run", "--image", "rootfs", "--", "python3", "-c", "print(6*7)"]).await.ok();
+    assert_eq!(ran.stdout(), "42\n", "{ran}");
+}

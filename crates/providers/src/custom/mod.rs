@@ -294,6 +294,7 @@ impl Provider for CustomProvider {
             dial: agent || offered.has(Feature::Dial),
             stats: offered.has(Feature::Stats),
             survives_restart: true,
+            keeps_records: false,
             network: offered.said.network,
             pause: false,
             imitated: offered.said.imitated,

@@ -209,6 +209,7 @@ impl Provider for MockProvider {
             dial: true,
             stats: true,
             survives_restart: true,
+            keeps_records: false,
             network: true,
             shares_host: false,
             rewrites_paths: false,

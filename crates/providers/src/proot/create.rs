@@ -32,8 +32,8 @@ use super::rootfs::{self, Place, Source};
 use super::runtime::{Runtime, is_root};
 use super::state::{self, Record};
 use super::{destroy, members, program};
-use crate::oci::channel::{self, OciChannel};
-use crate::oci::process;
+use crate::host::channel::{self, SocketChannel};
+use crate::host::process;
 
 /// How long the agent may take to answer.
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
@@ -186,6 +186,7 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, ProotError> {
         cgroup,
         max_processes: plan.limits.max_processes,
         max_file_bytes: Some(plan.limits.disk_bytes).filter(|bytes| *bytes > 0),
+        reach: program::reach(&plan.program, &sandbox),
         program: plan.program.clone(),
         argv: program::arguments(&sandbox),
         env: program::environment(&sandbox, plan.id.to_string()),
@@ -280,7 +281,7 @@ fn boot_config(plan: &Plan) -> io::Result<OwnedFd> {
 
 /// Waits until the agent answers: before that, PRoot may still fail.
 async fn answer(sandbox: &Path) -> io::Result<()> {
-    let mut stream = OciChannel::new(sandbox)?.open().await?;
+    let mut stream = SocketChannel::new(sandbox)?.open().await?;
     stream.write_all(b"GET /health HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").await?;
     let mut first = [0; 12];
     stream.read_exact(&mut first).await?;

@@ -7,7 +7,7 @@ use stacyvm_api::SandboxId;
 use super::error::ProotError;
 use super::members;
 use super::runtime::Runtime;
-use crate::oci::{cgroup, trash};
+use crate::host::{cgroup, trash};
 
 /// Ends a sandbox. One that is unknown, or gone already, is fine.
 pub(super) async fn destroy(runtime: &Arc<Runtime>, id: &SandboxId) -> Result<(), ProotError> {

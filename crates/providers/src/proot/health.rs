@@ -4,6 +4,7 @@ use stacyvm_sandbox::HealthReport;
 
 use super::create::KEY_FIX;
 use super::error::INSTALL_FIX;
+use super::launcher::{self, Known};
 use super::runtime::Runtime;
 use super::{program, rootfs};
 
@@ -14,6 +15,7 @@ pub(super) async fn check(runtime: &Runtime) -> HealthReport {
     ptrace(&mut report);
     root(runtime, &mut report);
     namespaces(runtime, &mut report);
+    reach(&mut report);
     workspace(runtime, &mut report);
     limits(runtime, &mut report);
     report
@@ -96,6 +98,19 @@ fn namespaces(runtime: &Runtime, report: &mut HealthReport) {
     }
 }
 
+/// What holds guests where PRoot does not.
+fn reach(report: &mut HealthReport) {
+    const NAME: &str = "proot.landlock";
+    const FIX: &str = "boot Linux 6.12 or later with Landlock (lsm=landlock,...)";
+    match launcher::known() {
+        Known::All => report.ok(NAME, "the kernel keeps sandboxes to their files, and signals inside"),
+        Known::Files => report.warn(NAME, "the kernel keeps sandboxes to their files, but not their signals", FIX),
+        Known::Nothing => {
+            report.warn(NAME, "this kernel has no Landlock: PRoot alone keeps sandboxes to their files", FIX)
+        }
+    }
+}
+
 fn workspace(runtime: &Runtime, report: &mut HealthReport) {
     const NAME: &str = "proot.workspace";
     match runtime.closed_directory() {
@@ -121,6 +136,6 @@ fn limits(runtime: &Runtime, report: &mut HealthReport) {
             "no control groups for {}: memory is held by a watcher, {pids}, and no limit on cpu",
             missing.join(", ")
         ),
-        crate::oci::cgroup::DELEGATION_FIX,
+        crate::host::cgroup::DELEGATION_FIX,
     );
 }

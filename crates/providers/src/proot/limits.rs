@@ -10,7 +10,7 @@ use stacyvm_sandbox::{ProviderError, SandboxSpec};
 
 use super::runtime::Runtime;
 use super::state::Watched;
-use crate::oci::cgroup;
+use crate::host::cgroup;
 
 /// What a sandbox may use; zero is unlimited.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -21,8 +21,8 @@ use tokio::io::Interest;
 use super::error::ProotError;
 use super::registry::Live;
 use super::state::Record;
-use crate::oci::spawner::protocol::Identity;
-use crate::oci::{process, sys};
+use crate::host::process::Identity;
+use crate::host::{process, sys};
 
 /// How long killed processes may take to go.
 const DEATH_LIMIT: Duration = Duration::from_secs(20);

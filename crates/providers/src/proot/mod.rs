@@ -52,8 +52,8 @@ pub use launcher::{LauncherCommand, launcher_main};
 pub use options::{Permission, ProotOptions};
 pub use rootfs::unpack;
 
-use crate::oci::channel::OciChannel;
-use crate::oci::usage;
+use crate::host::channel::SocketChannel;
+use crate::host::usage;
 use error::ProotError;
 use registry::Live;
 use runtime::Runtime;
@@ -112,6 +112,7 @@ impl Provider for ProotProvider {
             dial: true,
             stats: true,
             survives_restart: true,
+            keeps_records: true,
             network: self.runtime.shared.is_some(),
             shares_host: self.runtime.shared.is_some(),
             rewrites_paths: true,
@@ -150,7 +151,7 @@ impl Provider for ProotProvider {
         self.live(id)?;
         let sandbox = self.runtime.layout.sandbox(id);
         let channel =
-            OciChannel::new(&sandbox).map_err(|source| ProotError::file("open", sandbox)(source).of("connect"))?;
+            SocketChannel::new(&sandbox).map_err(|source| ProotError::file("open", sandbox)(source).of("connect"))?;
         Ok(Connection::Envd(Arc::new(channel)))
     }
 

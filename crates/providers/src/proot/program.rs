@@ -7,6 +7,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use super::error::ProotError;
+use super::launcher::protocol::ReachPlan;
 use super::options::ProotOptions;
 use super::rootfs;
 use super::state;
@@ -45,12 +46,21 @@ pub(super) fn arguments(sandbox: &Path) -> Vec<String> {
     let text = |path: PathBuf| path.to_string_lossy().into_owned();
     let mut arguments = vec!["-0".to_owned(), "-r".to_owned(), text(state::root_dir(sandbox))];
     let agent = format!("{}:/{}", text(state::agent_file(sandbox)), rootfs::AGENT);
-    for bind in rootfs::binds().into_iter().chain([agent]) {
+    let binds = rootfs::binds().into_iter().map(|path| text(path.into()));
+    for bind in binds.chain([agent]) {
         arguments.extend(["-b".to_owned(), bind]);
     }
     arguments.extend(["-w", "/"].map(str::to_owned));
     arguments.extend([format!("/{}", rootfs::AGENT), "serve".to_owned(), "--traced".to_owned()]);
     arguments
+}
+
+/// What it and the programs in it may touch of this host.
+pub(super) fn reach(program: &Path, sandbox: &Path) -> ReachPlan {
+    ReachPlan {
+        read: vec![program.to_owned(), state::agent_file(sandbox)],
+        write: rootfs::binds().into_iter().chain([state::root_dir(sandbox), state::temporary_dir(sandbox)]).collect(),
+    }
 }
 
 /// Nothing of the server's: where its own files go, and a label for people who

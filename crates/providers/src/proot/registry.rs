@@ -10,8 +10,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::state::Record;
-use crate::oci::spawner::protocol::Identity;
-use crate::oci::sys;
+use crate::host::process::Identity;
+use crate::host::sys;
 
 /// A sandbox whose PRoot was found alive.
 pub(super) struct Live {

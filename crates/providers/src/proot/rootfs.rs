@@ -152,15 +152,10 @@ pub fn unpack(layers: &[PathBuf], root: &Path) -> io::Result<()> {
     Ok(rustix::fs::fchmod(root, Mode::from_raw_mode(0o755))?)
 }
 
-/// What of the host is shown where: pairs for `proot --bind`.
-pub(super) fn binds() -> Vec<String> {
-    let devices = DEVICES.iter().map(|name| format!("/dev/{name}"));
-    ["/proc", "/sys", "/dev/pts"]
-        .into_iter()
-        .map(str::to_owned)
-        .chain(devices)
-        .filter(|path| Path::new(path).exists())
-        .collect()
+/// What of the host is shown where: each at its own path.
+pub(super) fn binds() -> Vec<PathBuf> {
+    let devices = DEVICES.iter().map(|name| Path::new("/dev").join(name));
+    ["/proc", "/sys", "/dev/pts"].into_iter().map(PathBuf::from).chain(devices).filter(|path| path.exists()).collect()
 }
 
 /// Which of these programs a root has, by the usual places; links are not

@@ -22,10 +22,10 @@ use super::options::ProotOptions;
 use super::registry::{Live, Registry};
 use super::state::{self, Layout, OnDisk, Record};
 use super::{members, watcher};
-use crate::oci::cgroup::Cgroups;
-use crate::oci::claims::{Claims, Instance};
-use crate::oci::ids::UidRanges;
-use crate::oci::{process, trash};
+use crate::host::cgroup::Cgroups;
+use crate::host::claims::{Claims, Instance};
+use crate::host::ids::UidRanges;
+use crate::host::{process, trash};
 
 /// How long to wait for an earlier process of this server to let go.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);

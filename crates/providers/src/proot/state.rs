@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stacyvm_api::{LimitReport, SandboxId, Timestamp};
 
-use crate::oci::spawner::protocol::Identity;
+use crate::host::process::Identity;
 
 /// Counts up when a record is no longer read by earlier versions.
 const VERSION: u32 = 1;

@@ -8,7 +8,7 @@ use super::destroy;
 use super::error::ProotError;
 use super::runtime::Runtime;
 use super::state::{self, OnDisk};
-use crate::oci::cgroup;
+use crate::host::cgroup;
 
 /// Frees what no sandbox owns and says what that was.
 pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, ProotError> {

@@ -19,7 +19,7 @@ use super::members::{self, Member};
 use super::registry::Live;
 use super::runtime::Runtime;
 use super::state;
-use crate::oci::process;
+use crate::host::process;
 
 /// How often memory and processes are looked at.
 const PERIOD: Duration = Duration::from_millis(200);

@@ -8,6 +8,7 @@ use futures_util::StreamExt as _;
 use stacyvm_api::SandboxId;
 use stacyvm_sandbox::{Provider as _, Session as _, SessionError, WriteOptions};
 
+use crate::fixture::chain;
 use crate::ordinary_user::{Circumstances, as_ordinary_user};
 use crate::proot_fixture::{Apart, Proot};
 
@@ -115,4 +116,43 @@ async fn calls_that_proot_does_not_know_are_not_there() {
     assert_eq!(ran.stdout, expected, "{ran:?}");
     fixture.provider.destroy(&id).await.expect("destroyed");
     fixture.finish().await;
+}
+
+/// The launcher confines whatever it starts; here that is a program that goes
+/// straight for the host's files, as code that overcame PRoot would.
+async fn the_kernel_holds_without_proot() {
+    let fixture = Proot::with(Apart::Shared, |options| options.program = options.launcher.program.clone()).await;
+    let precious = fixture.sandboxes().join("precious");
+    std::fs::write(&precious, SECRET).expect("written");
+    let refused = fixture.provider.create(&SandboxId::random(), &fixture.spec(), &()).await;
+    let said = chain(&refused.expect_err("no agent has started"));
+    assert!(said.contains("read Err(PermissionDenied), write Err(PermissionDenied), inside Ok(())"), "{said}");
+    assert_eq!(std::fs::read_to_string(&precious).expect("readable"), SECRET);
+    std::fs::remove_file(&precious).expect("removed");
+    fixture.finish().await;
+}
+
+#[test]
+fn the_kernel_holds_an_ordinary_users_sandbox_without_proot() {
+    const NAME: &str = "proot_escape::the_kernel_holds_an_ordinary_users_sandbox_without_proot";
+    as_ordinary_user(NAME, Circumstances::ALONE, the_kernel_holds_without_proot);
+}
+
+/// With the same user inside and outside, nothing else would.
+async fn signals_stay_inside() {
+    let fixture = Proot::start(Apart::Shared).await;
+    let id = fixture.create(&fixture.spec()).await;
+    let own = std::process::id();
+    let ran = fixture.sh(&id, &format!("kill -0 $$ && kill -0 {own}")).await;
+    assert!(ran.exit.code != Some(0) && ran.stderr.contains("Operation not permitted"), "{ran:?}");
+    let ran = fixture.sh(&id, &format!("cat /proc/{own}/environ")).await;
+    assert!(ran.exit.code != Some(0) && ran.stdout.is_empty(), "{ran:?}");
+    fixture.provider.destroy(&id).await.expect("destroyed");
+    fixture.finish().await;
+}
+
+#[test]
+fn signals_stay_inside_for_an_ordinary_user() {
+    const NAME: &str = "proot_escape::signals_stay_inside_for_an_ordinary_user";
+    as_ordinary_user(NAME, Circumstances::ALONE, signals_stay_inside);
 }

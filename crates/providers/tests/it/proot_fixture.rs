@@ -241,7 +241,9 @@ pub(crate) fn debian_root() -> PathBuf {
     if !root.join("etc/debian_version").exists() {
         let fresh = tempfile::tempdir_in(cache()).expect("a directory");
         let made = fresh.path().join("root");
-        succeed(Command::new("debootstrap").args(["--variant=minbase", "stable"]).arg(&made));
+        let release = std::fs::read_to_string("/etc/os-release").expect("a name of this host");
+        let name = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME=")).expect("its release's name");
+        succeed(Command::new("debootstrap").args(["--variant=minbase", name]).arg(&made));
         // Every sandbox copies it, so that what no check needs costs time.
         for bulk in
             ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/zoneinfo", "var/cache/apt", "var/lib/apt"]

@@ -10,7 +10,7 @@
 mod client;
 mod main;
 mod packet;
-pub(crate) mod protocol;
+pub(super) mod protocol;
 
 pub use client::SpawnerCommand;
 pub(super) use client::{CallError, Spawner};

@@ -11,10 +11,10 @@ use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::process::{Resource, Rlimit};
 
-use super::filter;
 use super::main::{Failure, InStep as _};
 use super::protocol::{LaunchPlan, NamespacePlan};
-use crate::oci::{seccomp, sys};
+use super::{filter, reach};
+use crate::host::{seccomp, sys};
 
 /// Where the agent finds what it inherits.
 const LISTENER_FD: RawFd = 3;
@@ -122,6 +122,7 @@ fn launch(
 
     gate.read_exact(&mut [0]).step("wait for the launcher")?;
     rustix::thread::set_no_new_privs(true).step("set no_new_privs")?;
+    reach::confine(&plan.reach).step("confine it to its files (Landlock)")?;
     // Last first: the second may forbid what installs the other.
     sys::install_seccomp(&ours).step("install the system call filter")?;
     sys::install_seccomp(&usual).step("install the system call filter")?;

@@ -10,7 +10,7 @@
 //! Without a pid namespace a guest must not end PRoot, whose tracees would go
 //! on by themselves.
 
-use crate::oci::seccomp::{Program, give, instruction, load};
+use crate::host::seccomp::{Program, give, instruction, load};
 
 /// Answer `ENOSYS`.
 const MISSING: &[i64] = &[

@@ -8,8 +8,9 @@ use rustix::fs::{Mode, OFlags};
 
 use super::child::{self, Descriptors, Ids, READY};
 use super::protocol::{Job, LaunchPlan, MAX_MESSAGE_BYTES, NamespacePlan, Reply};
-use crate::oci::sys::{self, Forked};
-use crate::oci::{process, spawner::protocol::Identity};
+use crate::host::process;
+use crate::host::process::Identity;
+use crate::host::sys::{self, Forked};
 
 /// Longest text a failing child may send.
 const MAX_STATUS_BYTES: u64 = 16 << 10;

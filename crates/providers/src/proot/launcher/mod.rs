@@ -15,6 +15,7 @@ mod child;
 mod filter;
 mod main;
 pub(super) mod protocol;
+mod reach;
 
 use std::ffi::OsString;
 use std::io;
@@ -28,6 +29,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 pub use main::launcher_main;
+pub(super) use reach::{Known, known};
 
 use super::error::ProotError;
 use protocol::{Job, MAX_MESSAGE_BYTES, Reply};

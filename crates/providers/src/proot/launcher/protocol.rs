@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::oci::spawner::protocol::{CgroupPlan, Identity};
+use crate::host::cgroup::CgroupPlan;
+use crate::host::process::Identity;
 
 /// Longest message either way.
 pub(super) const MAX_MESSAGE_BYTES: u64 = 1 << 20;
@@ -40,6 +41,7 @@ pub(in crate::proot) struct LaunchPlan {
     pub(in crate::proot) max_processes: Option<u64>,
     /// Longest file that may be written.
     pub(in crate::proot) max_file_bytes: Option<u64>,
+    pub(in crate::proot) reach: ReachPlan,
     pub(in crate::proot) program: PathBuf,
     pub(in crate::proot) argv: Vec<String>,
     pub(in crate::proot) env: BTreeMap<String, String>,
@@ -53,4 +55,11 @@ pub(in crate::proot) struct NamespacePlan {
     /// An empty directory over the first, with only the second shown in it: so
     /// that another user gets at his files and at nobody else's.
     pub(in crate::proot) hide: Option<(PathBuf, PathBuf)>,
+}
+
+/// What of this host's files a sandbox needs; what is not there is passed over.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(in crate::proot) struct ReachPlan {
+    pub(in crate::proot) read: Vec<PathBuf>,
+    pub(in crate::proot) write: Vec<PathBuf>,
 }

@@ -13,12 +13,11 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use stacyvm_api::{Limit, LimitReport};
 
 use detect::Controller;
 pub(crate) use group::{Reading, remove};
-
-use super::spawner::protocol::{BundleLimits, CgroupPlan};
 
 /// What to do where a controller is missing, as root and as an ordinary user.
 pub(crate) const CONTROLLER_FIX: &str =
@@ -27,7 +26,7 @@ pub(crate) const DELEGATION_FIX: &str = "run the server as root, or on a host wi
      systemd-run --user --scope -p Delegate=yes stacyvm serve";
 
 /// Controllers that the host offers nowhere, and why. Changes nothing.
-pub(super) fn not_offered() -> Vec<(&'static str, String)> {
+pub(crate) fn not_offered() -> Vec<(&'static str, String)> {
     let (_, missing) = detect::controllers();
     missing.into_iter().map(|(controller, reason)| (controller.name(), reason)).collect()
 }
@@ -38,6 +37,25 @@ pub(crate) struct Limits {
     pub(crate) memory_bytes: u64,
     pub(crate) vcpus: f64,
     pub(crate) pids: u64,
+}
+
+/// Limits that this host holds.
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct BundleLimits {
+    pub(crate) memory_bytes: Option<u64>,
+    pub(crate) no_swap: bool,
+    /// Microseconds of processor time in each period of so many.
+    pub(crate) cpu: Option<(u64, u64)>,
+    pub(crate) pids: Option<u64>,
+}
+
+/// How the child gets into its control groups.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+pub(crate) struct CgroupPlan {
+    /// `tasks` files of v1 hierarchies, which the child writes itself into.
+    pub(crate) v1_tasks: Vec<PathBuf>,
+    /// Directory of the v2 hierarchy, which the child is cloned into.
+    pub(crate) v2_dir: Option<PathBuf>,
 }
 
 /// Where one controller's groups are made.
@@ -107,7 +125,7 @@ impl Cgroups {
 
     /// Which limits another runtime is to be told, having the same groups: those
     /// that hold here.
-    pub(super) fn for_bundle(&self, limits: &Limits) -> BundleLimits {
+    pub(crate) fn for_bundle(&self, limits: &Limits) -> BundleLimits {
         let held = self.report(limits).enforced;
         let holds = |limit| held.contains(&limit);
         BundleLimits {

@@ -1,8 +1,9 @@
 //! The system calls that neither std nor rustix offers safely.
 //!
-//! Everything unsafe of this provider stands here and, for disks, in
-//! [`disk::sys`](super::disk), so that the rest can be read for what it does. Each function is a thin cover over one call (or one
-//! idiom made of a few) and returns the kernel's error unchanged.
+//! Everything unsafe of this crate stands here and, for disks, in the `sys` of
+//! `oci::disk`, so that the rest can be read for what it does. Each function is
+//! a thin cover over one call (or one idiom made of a few) and returns the
+//! kernel's error unchanged.
 
 #![expect(unsafe_code, reason = "raw system calls: clone3, execveat, seccomp, mount_setattr, keyctl")]
 

@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::detect::Controller;
 use super::{Limits, Place};
-use crate::oci::process;
+use crate::host::process;
 
 /// Period in which a quota of processor time is counted (the kernel's default).
 pub(super) const CPU_PERIOD_USEC: u64 = 100_000;

@@ -97,7 +97,7 @@ fn bases(block: u32) -> impl Iterator<Item = u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oci::claims::Instance;
+    use crate::host::claims::Instance;
 
     #[test]
     fn ranges_never_overlap_and_come_back() {

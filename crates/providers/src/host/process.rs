@@ -7,7 +7,17 @@ use std::os::unix::fs::MetadataExt;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-use super::spawner::protocol::Identity;
+use serde::{Deserialize, Serialize};
+
+/// Who a sandbox's init is. A number alone may be somebody else's tomorrow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub(crate) pid: i32,
+    /// Clock ticks after boot (field 22 of `/proc/PID/stat`).
+    pub(crate) start_time: u64,
+    /// Inode of its pid namespace.
+    pub(crate) pid_namespace: u64,
+}
 
 /// Describes a process so that it can be told from a later one with its pid.
 pub(crate) fn identify(pid: Pid) -> io::Result<Identity> {
