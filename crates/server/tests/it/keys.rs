@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use stacyvm_engine::LastAdminKey;
 use stacyvm_server::{Authentication, Secret, Server, ServerError, ServerOptions};
 
 use crate::sockets::Socket;
@@ -96,7 +97,12 @@ async fn the_first_key_closes_an_open_server_and_has_to_be_an_administrators() {
     // Without any key left the server stays closed.
     for about in fixture.get("/admin/keys").await.expect(200).as_array().unwrap() {
         let path = format!("/admin/keys/{}", about["id"].as_str().unwrap());
-        fixture.engine.keys().revoke(&path.rsplit('/').next().unwrap().parse().unwrap()).await.unwrap();
+        fixture
+            .engine
+            .keys()
+            .revoke(&path.rsplit('/').next().unwrap().parse().unwrap(), LastAdminKey::Revoked)
+            .await
+            .unwrap();
     }
     for presented in ["", &key, "anything"] {
         assert_eq!(fixture.api("GET", "/sandboxes").key(presented).send().await.status, 401, "{presented}");
@@ -120,7 +126,12 @@ async fn stored_keys_count_when_the_server_decides_where_it_may_listen() {
     assert!(matches!(bind(of(Authentication::Off)).await, Err(ServerError::KeysWithoutAuthentication)));
 
     let about = fixture.api("GET", "/admin/keys").key(&key).send().await.expect(200);
-    fixture.engine.keys().revoke(&about[0]["id"].as_str().unwrap().parse().unwrap()).await.unwrap();
+    fixture
+        .engine
+        .keys()
+        .revoke(&about[0]["id"].as_str().unwrap().parse().unwrap(), LastAdminKey::Revoked)
+        .await
+        .unwrap();
     assert!(matches!(bind(beyond()).await, Err(ServerError::NoUsableKey)), "nobody could call it");
     let proxies = ServerOptions { trusted_proxies: vec!["proxy".to_owned()], ..of(Authentication::Off) };
     assert!(matches!(bind(proxies).await, Err(ServerError::TrustedProxy(_))));
