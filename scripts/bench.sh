@@ -3,8 +3,8 @@
 #
 #   scripts/bench.sh PROGRAM [options of stacyvm-bench]
 #
-# Installs the runtimes it measures beside; docker is measured when its daemon
-# is installed. Needs root.
+# Installs crun and runc when apt has them and they are missing; docker is
+# measured when its daemon is installed. Needs root.
 set -eu
 
 root="$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)"
@@ -20,6 +20,14 @@ if [ "$(id -u)" != 0 ]; then
     exit 1
 fi
 scripts/setup.sh bench
+# Not needed: what is not there is printed as not available.
+for runtime in crun runc; do
+    if ! command -v "$runtime" >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1; then
+        echo "bench: installing $runtime"
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$runtime" </dev/null ||
+            echo "bench: cannot install $runtime; going on without it" >&2
+    fi
+done
 
 # ext4 without a journal looks at every recently deleted file before it makes a
 # new one. Hardly any host has it, some build machines do, and everything that

@@ -3,7 +3,7 @@
 #
 #   scripts/setup.sh build   compiler and Rust
 #   scripts/setup.sh run     also what sandboxes use
-#   scripts/setup.sh bench   also what it is measured beside
+#   scripts/setup.sh bench   also what benches need
 #   scripts/setup.sh test    also what tests use
 #
 # On Debian and Ubuntu packages come through apt, with sudo where needed.
@@ -19,7 +19,7 @@ running="$building e2fsprogs iproute2 iptables nftables python3"
 case "$what" in
     build) packages="$building" ;;
     run) packages="$running" ;;
-    bench) packages="$running busybox-static crun runc" ;;
+    bench) packages="$running busybox-static" ;;
     test)
         packages="$running python3-venv"
         packages="$packages $(grep -v '^#' "$root/scripts/test-packages.txt" | tr '\n' ' ')"
