@@ -121,6 +121,15 @@ pub struct ApiKeyQuery {
     pub revoked: bool,
 }
 
+/// How a key is revoked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+pub struct KeyRevokeQuery {
+    /// Also where nobody could make or revoke keys afterwards.
+    pub force: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

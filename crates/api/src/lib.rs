@@ -35,7 +35,7 @@ pub use file::{
     WriteRequest,
 };
 pub use id::{ExecId, KeyId, OwnerId, ParseIdError, SandboxId};
-pub use key::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, KeyScope, ParseKeyScopeError};
+pub use key::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, KeyRevokeQuery, KeyScope, ParseKeyScopeError};
 pub use port::{Port, PortAccess, PortLink, PortLinkRequest, PortRequest};
 pub use provider::{Finding, FindingLevel, ProviderDetail, ProviderHealth};
 pub use quota::{OwnerQuota, OwnerQuotaRequest, OwnerUsage, QuotaSummary};

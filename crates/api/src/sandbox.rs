@@ -141,6 +141,8 @@ pub struct Sandbox {
     pub expires_at: Timestamp,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
+    /// Ports are at `http://<port>-<id>.<preview_domain>`, which published SDKs
+    /// write: with the port of the server where it is not 80.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preview_domain: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

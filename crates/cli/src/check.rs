@@ -139,9 +139,25 @@ impl Checks {
     /// Every check, and a last line that counts them.
     pub(crate) fn text(&self, output: Output) -> String {
         let mut text: String = self.0.iter().map(|check| check.text(output)).collect();
-        let [passed, warned, failed] = [Status::Pass, Status::Warn, Status::Fail].map(|status| self.count(status));
-        let _ = writeln!(text, "\n{passed} passed, {warned} warned, {failed} failed");
+        let _ = writeln!(text, "\n{}", self.summary());
         text
+    }
+
+    /// What is not as it should be, the worst first.
+    pub(crate) fn troubles(&self) -> impl Iterator<Item = &Check> {
+        let of = |status: Status| self.0.iter().filter(move |check| check.status == status);
+        of(Status::Fail).chain(of(Status::Warn))
+    }
+
+    pub(crate) fn summary(&self) -> String {
+        let [passed, warned, failed] = [Status::Pass, Status::Warn, Status::Fail].map(|status| self.count(status));
+        format!("{passed} passed, {warned} warned, {failed} failed")
+    }
+}
+
+impl FromIterator<Check> for Checks {
+    fn from_iter<I: IntoIterator<Item = Check>>(checks: I) -> Self {
+        Self(checks.into_iter().collect())
     }
 }
 

@@ -16,35 +16,36 @@ mod terminal;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, FromArgMatches as _};
+use clap::Parser as _;
 
 use crate::commands::Cli;
+use crate::failure::Report;
+use crate::output::Form;
 
 fn main() -> ExitCode {
     // Before any thread exists: the spawner forks.
     if std::env::args_os().nth(1).is_some_and(|name| name == agent::SPAWNER_COMMAND) {
         agent::spawner();
     }
-    let matches = Cli::command().get_matches();
-    let cli = match Cli::from_arg_matches(&matches) {
+    let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => error.exit(),
+        Err(error) => return commands::usage::report(error),
     };
+    let form = cli.form();
     let runtime = match cli.runtime() {
         Ok(runtime) => runtime,
-        Err(error) => return report(&error.into()),
+        Err(error) => return report(&error.into(), form),
     };
     let result = runtime.block_on(cli.run());
     // A read of standard input may still wait for a key that nobody presses.
     runtime.shutdown_background();
     match result {
         Ok(code) => code,
-        Err(error) => report(&error),
+        Err(error) => report(&error, form),
     }
 }
 
-fn report(error: &anyhow::Error) -> ExitCode {
-    use std::io::Write as _;
-    let _ = writeln!(std::io::stderr(), "{}", failure::text(error));
+fn report(error: &anyhow::Error, form: Form) -> ExitCode {
+    Report::new(error).print(form);
     failure::exit_code(error)
 }

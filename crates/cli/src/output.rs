@@ -168,15 +168,24 @@ pub(crate) fn bytes(count: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
-/// The largest unit of a span: `42s`, `5m`, `3h`, `2d`.
+/// A span to the nearest second, minute or hour: `42s`, `5m`, `1h30m`, `2d3h`.
 pub(crate) fn span(span: Duration) -> String {
-    let seconds = span.as_secs();
-    match seconds {
-        0..60 => format!("{seconds}s"),
-        60..3600 => format!("{}m", seconds / 60),
-        3600..86_400 => format!("{}h", seconds / 3600),
-        _ => format!("{}d", seconds / 86_400),
+    let seconds = span.as_secs() + u64::from(span.subsec_millis() >= 500);
+    if seconds < 60 {
+        return format!("{seconds}s");
     }
+    let minutes = (seconds + 30) / 60;
+    let (hours, rounded) = (minutes / 60, (minutes + 30) / 60);
+    match (minutes, rounded) {
+        (0..60, _) => format!("{minutes}m"),
+        (_, 0..24) => in_two(hours, 'h', minutes % 60, 'm'),
+        (_, hours) => in_two(hours / 24, 'd', hours % 24, 'h'),
+    }
+}
+
+/// Without the smaller unit where there is none of it.
+fn in_two(large: u64, unit: char, small: u64, small_unit: char) -> String {
+    if small == 0 { format!("{large}{unit}") } else { format!("{large}{unit}{small}{small_unit}") }
 }
 
 /// One item a line.
@@ -217,8 +226,8 @@ mod tests {
             ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "10 MiB", "3.0 TiB"]
         );
         assert_eq!(
-            [0, 59, 60, 3599, 3600, 86_400].map(|it| span(Duration::from_secs(it))),
-            ["0s", "59s", "1m", "59m", "1h", "1d"]
+            [0, 59, 60, 3569, 3599, 5400, 7199, 84_000, 86_400, 100_000].map(|it| span(Duration::from_secs(it))),
+            ["0s", "59s", "1m", "59m", "1h", "1h30m", "2h", "23h20m", "1d", "1d4h"]
         );
         assert_eq!([1, 250, 1500].map(|it| took(Duration::from_millis(it))), ["1.0 ms", "250 ms", "1.5 s"]);
     }

@@ -26,6 +26,9 @@ pub struct Caller {
     /// Whom new sandboxes are accounted to (`X-User-ID`); wins over the body's
     /// `owner_id`.
     pub owner: Option<OwnerId>,
+    /// Whom the caller's key is bound to: a body that names somebody else is
+    /// refused.
+    pub bound_to: Option<OwnerId>,
     /// For the operation log: a key's name, a subject, never a credential.
     pub actor: String,
     /// With a tenant, only that tenant's sandboxes exist for this caller.

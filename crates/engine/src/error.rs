@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use stacyvm_api::{ErrorCode, EventKind, ExecId, ExecResult, KeyId, SandboxId, SandboxState};
+use stacyvm_api::{ErrorCode, EventKind, ExecId, ExecResult, KeyId, OwnerId, SandboxId, SandboxState};
 use stacyvm_sandbox::{ProviderError, SessionError};
 
 use crate::store::StoreError;
@@ -37,6 +37,11 @@ pub enum EngineError {
     KeyNotFound(KeyId),
     #[error("a key named `{0}` exists already")]
     KeyExists(String),
+    #[error("`{0}` is the last key with the scope admin:*; without it nobody could make or revoke keys")]
+    LastAdminKey(String),
+    /// The body names somebody else than the key is bound to.
+    #[error("this key acts for {0} only")]
+    OwnerBound(OwnerId),
     #[error("setup command {index} of template `{template}` {outcome}")]
     SetupFailed { template: String, index: usize, outcome: String },
     #[error("{0}")]
@@ -116,9 +121,12 @@ impl EngineError {
             | Self::TemplateNotFound(_)
             | Self::QuotaNotFound(_)
             | Self::KeyNotFound(_) => ErrorCode::NotFound,
-            Self::SandboxNotReady { .. } | Self::TemplateExists(_) | Self::KeyExists(_) | Self::IdempotencyConflict => {
-                ErrorCode::Conflict
-            }
+            Self::SandboxNotReady { .. }
+            | Self::TemplateExists(_)
+            | Self::KeyExists(_)
+            | Self::LastAdminKey(_)
+            | Self::IdempotencyConflict => ErrorCode::Conflict,
+            Self::OwnerBound(_) => ErrorCode::Forbidden,
             Self::Limit(_) => ErrorCode::ResourceLimit,
             Self::ExecTimeout { .. } => ErrorCode::Timeout,
             Self::ProviderTimeout { .. } | Self::Store(_) | Self::ShuttingDown => ErrorCode::Unavailable,
@@ -140,12 +148,22 @@ impl EngineError {
                 Some("remove `secrets` from the template and pass the values in `env` instead".to_owned())
             }
             Self::Session(error) => session_hint(error).map(str::to_owned),
+            Self::ProviderNotFound(_) => Some(
+                "`stacyvm providers` lists those of this server; others have to be enabled in its configuration, \
+                 such as `providers.docker.enabled: true`"
+                    .to_owned(),
+            ),
             Self::KeyExists(_) => Some("revoke it first, or choose another name".to_owned()),
+            Self::LastAdminKey(_) => {
+                Some("make another one first, or insist with `force=true` (`stacyvm key revoke --force`)".to_owned())
+            }
+            Self::OwnerBound(_) => {
+                Some("leave `owner_id` (`--owner`, STACYVM_OWNER) out, or use a key without an owner".to_owned())
+            }
             Self::InvalidInput(_)
             | Self::SandboxNotFound(_)
             | Self::ExecNotFound { .. }
             | Self::KeyNotFound(_)
-            | Self::ProviderNotFound(_)
             | Self::TemplateNotFound(_)
             | Self::TemplateExists(_)
             | Self::QuotaNotFound(_)
@@ -203,6 +221,8 @@ impl EngineError {
             | Self::QuotaNotFound(_)
             | Self::KeyNotFound(_)
             | Self::KeyExists(_)
+            | Self::LastAdminKey(_)
+            | Self::OwnerBound(_)
             | Self::IdempotencyConflict
             | Self::BadEventId(_)
             | Self::ShuttingDown => None,

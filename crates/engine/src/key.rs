@@ -127,9 +127,9 @@ impl Keys {
 
     /// The key stops working before this returns, and what is under way with it
     /// is told.
-    pub async fn revoke(&self, id: &KeyId) -> Result<(), EngineError> {
+    pub async fn revoke(&self, id: &KeyId, last_admin: LastAdminKey) -> Result<(), EngineError> {
         let (keys, id) = (self.clone(), id.clone());
-        to_the_end(async move { keys.end(&id).await }).await
+        to_the_end(async move { keys.end(&id, last_admin).await }).await
     }
 
     /// The newest first, those that expired included.
@@ -209,13 +209,23 @@ impl Keys {
         Ok(CreatedApiKey { about: row.about, key })
     }
 
-    async fn end(&self, id: &KeyId) -> Result<(), EngineError> {
+    async fn end(&self, id: &KeyId, last_admin: LastAdminKey) -> Result<(), EngineError> {
         let _changing = self.0.changing.lock().await;
         let key = self.read().get(id).cloned().ok_or_else(|| EngineError::KeyNotFound(id.clone()))?;
+        if last_admin == LastAdminKey::Kept && self.is_last_admin(&key) {
+            return Err(EngineError::LastAdminKey(key.about.name.clone()));
+        }
         self.0.store.revoke_key(id, self.0.clock.now()).await?;
         self.0.in_force.write().unwrap_or_else(PoisonError::into_inner).remove(id);
         key.revoked.cancel();
         Ok(())
+    }
+
+    fn is_last_admin(&self, key: &StoredKey) -> bool {
+        let now = self.0.clock.now();
+        let administers = |key: &StoredKey| key.grants(KeyScope::Admin) && !key.is_expired(now);
+        let is_other = |other: &StoredKey| other.about.id != key.about.id;
+        administers(key) && !self.read().keys().any(|other| is_other(other) && administers(other))
     }
 
     fn check_name(&self, name: &str) -> Result<String, EngineError> {
@@ -246,6 +256,15 @@ impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Keys").field("in_force", &self.read().by_hash.len()).finish_non_exhaustive()
     }
+}
+
+/// What happens to the only key that can still make and revoke keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastAdminKey {
+    /// It is not revoked: without it nobody could undo that over the API.
+    Kept,
+    /// It is a key like any other: there is another way in, or somebody insists.
+    Revoked,
 }
 
 /// Which keys a listing shows.

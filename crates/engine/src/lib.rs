@@ -43,7 +43,7 @@ pub use error::{EngineError, LimitExceeded};
 pub use event::{EventItem, EventStream};
 pub use exec::{ExecEvent, ExecExit, ExecPage, ExecStream, OutputChannel, RunningExec, StartOptions};
 pub use file::{FileOperation, FileOperationKind};
-pub use key::{KEY_DIGITS, KEY_PREFIX, KeyLookup, Keys, RevokedKeys, StoredKey, has_key_form};
+pub use key::{KEY_DIGITS, KEY_PREFIX, KeyLookup, Keys, LastAdminKey, RevokedKeys, StoredKey, has_key_form};
 pub use metrics::{
     BUCKET_BOUNDS_MS, EventStats, MetricsSnapshot, OperationMetric, QueueStats, ReadinessReport, SandboxCounts,
     StoreHealth,
@@ -51,4 +51,4 @@ pub use metrics::{
 pub use options::{
     EngineOptions, Limits, Retention, SandboxDefaults, ServerSecret, SpawnOverflow, Timing, UnknownSandboxes,
 };
-pub use store::{MigrationState, StoreError, StoreFile, StoreMigration, StoreStatistics};
+pub use store::{MigrationState, StoreError, StoreFile, StoreKeys, StoreMigration, StoreStatistics};

@@ -17,8 +17,6 @@ pub struct EngineOptions {
     pub server_secret: ServerSecret,
     /// Name of the provider for requests that name none.
     pub default_provider: String,
-    /// Shown in every sandbox record; `None` leaves the field out.
-    pub preview_domain: Option<String>,
     pub defaults: SandboxDefaults,
     pub limits: Limits,
     pub spawn_overflow: SpawnOverflow,
@@ -39,7 +37,6 @@ impl EngineOptions {
             database_path: database_path.into(),
             server_secret,
             default_provider: default_provider.to_owned(),
-            preview_domain: None,
             defaults: SandboxDefaults::default(),
             limits: Limits::default(),
             spawn_overflow: SpawnOverflow::Reject,

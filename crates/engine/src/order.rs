@@ -24,6 +24,9 @@ const ENV_MAX_ENTRIES: usize = 512;
 const ENV_MAX_BYTES: usize = 128 * 1024;
 const USER_MAX_BYTES: usize = 64;
 const ALLOW_MAX_ENTRIES: usize = 128;
+/// Below this not even the agent and a shell run: the kernel would end what is
+/// started, without a word.
+const MEMORY_MIN_MIB: u64 = 16;
 /// 16 TiB: more than hosts have, and far below where bytes overflow.
 const MEMORY_MAX_MIB: u64 = 1 << 24;
 /// Processes at most, which is also Linux' own maximum of pids.
@@ -61,10 +64,16 @@ impl Order {
 impl Shared {
     /// Whom a create is accounted to: the caller, else whom the body names.
     pub(crate) fn owner_of(caller: &Caller, request: &CreateRequest) -> Result<Option<OwnerId>, EngineError> {
+        let named = || OwnerId::parse_optional(request.owner_id.as_deref().unwrap_or_default()).map_err(invalid);
+        if let Some(bound) = &caller.bound_to
+            && named()?.is_some_and(|named| named != *bound)
+        {
+            return Err(EngineError::OwnerBound(bound.clone()));
+        }
         if caller.owner.is_some() {
             return Ok(caller.owner.clone());
         }
-        OwnerId::parse_optional(request.owner_id.as_deref().unwrap_or_default()).map_err(invalid)
+        named()
     }
 
     /// The ttl of a create, or the limit that it exceeds.
@@ -170,6 +179,11 @@ impl Shared {
 
     fn check_sizes(&self, order: &Order) -> Result<(), EngineError> {
         let limits = &self.options.limits;
+        if order.memory_mb < MEMORY_MIN_MIB {
+            let asked = order.memory_mb;
+            let message = format!("memory_mb {asked} is too little to run anything: {MEMORY_MIN_MIB} is the minimum");
+            return Err(EngineError::InvalidInput(message));
+        }
         let asked = [
             (
                 "memory_mb",

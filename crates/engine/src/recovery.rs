@@ -41,10 +41,9 @@ impl Shared {
         let rows = self.store.live_sandboxes().await?;
         let mut ports = self.store.port_access().await?;
         tracing::info!(sandboxes = rows.len(), lost_commands = lost, "read what an earlier process left");
-        for mut row in rows {
+        for row in rows {
             let known = self.providers.get(&row.sandbox.provider).cloned();
             let provider = known.unwrap_or_else(|| Arc::new(MissingProvider::new(&row.sandbox.provider)));
-            row.sandbox.preview_domain.clone_from(&self.options.preview_domain);
             if let Some(idempotency) = &row.idempotency {
                 self.creates.restore(idempotency, &row.sandbox.id);
             }
@@ -256,7 +255,7 @@ impl Shared {
             created_at: found.created_at.unwrap_or(now),
             expires_at: now + defaults.ttl,
             metadata: found.metadata.clone(),
-            preview_domain: self.options.preview_domain.clone(),
+            preview_domain: None,
             network: None,
             limits: None,
             reason: None,

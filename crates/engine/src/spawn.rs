@@ -197,7 +197,7 @@ impl Shared {
             created_at: now,
             expires_at: now + order.ttl,
             metadata: order.metadata.clone(),
-            preview_domain: self.options.preview_domain.clone(),
+            preview_domain: None,
             network: Some(order.network_request()),
             limits: None,
             reason: None,

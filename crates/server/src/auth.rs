@@ -189,9 +189,12 @@ impl Authenticator {
 
     /// Whether some key opens the admin routes now.
     pub(crate) fn can_be_administered(&self) -> bool {
-        let configured =
-            self.admin_api_key.is_some() || (self.api_key.is_some() && self.admin_fallback == AdminFallback::Enabled);
-        configured || self.stored.any_usable(Some(KeyScope::Admin))
+        self.has_configured_admin() || self.stored.any_usable(Some(KeyScope::Admin))
+    }
+
+    /// Whether a key of the configuration opens the admin routes.
+    pub(crate) fn has_configured_admin(&self) -> bool {
+        self.admin_api_key.is_some() || (self.api_key.is_some() && self.admin_fallback == AdminFallback::Enabled)
     }
 
     /// Whether callers of such a route have to say who they are.
@@ -410,7 +413,7 @@ mod tests {
         assert!(with(Authentication::Off, "").check().is_err());
 
         let key = fixture.keys.list(stacyvm_engine::RevokedKeys::LeftOut).await.unwrap().remove(0);
-        fixture.keys.revoke(&key.id).await.unwrap();
+        fixture.keys.revoke(&key.id, stacyvm_engine::LastAdminKey::Kept).await.unwrap();
         assert_eq!(state(&with(Authentication::WhenThereIsAKey, "")), (false, false), "it stays closed");
         assert_eq!(state(&with(Authentication::Off, "")), (true, true), "opened again only when told so");
     }

@@ -62,7 +62,7 @@ pub(crate) fn caller(headers: &HeaderMap, identity: &Identity) -> Result<Caller,
         (bound, named) => named.or_else(|| bound.cloned()),
     };
     let tenant = owner_header(headers, "x-tenant-id")?.map(String::from);
-    Ok(Caller { owner, actor: identity.actor(), tenant })
+    Ok(Caller { owner, bound_to: identity.owner().cloned(), actor: identity.actor(), tenant })
 }
 
 pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {

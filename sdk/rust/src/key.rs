@@ -1,7 +1,7 @@
 //! API keys, for administrators.
 
 use reqwest::Method;
-use stacyvm_api::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, KeyId};
+use stacyvm_api::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, KeyId, KeyRevokeQuery};
 
 use crate::{Client, ClientError};
 
@@ -17,7 +17,8 @@ impl Client {
     }
 
     /// The key stops working before this returns.
-    pub async fn revoke_key(&self, id: &KeyId) -> Result<(), ClientError> {
-        self.delete(&["admin", "keys", id.as_str()]).await
+    pub async fn revoke_key(&self, id: &KeyId, query: &KeyRevokeQuery) -> Result<(), ClientError> {
+        let request = self.request(Method::DELETE, &["admin", "keys", id.as_str()])?;
+        self.send(request.query(query)).await.map(drop)
     }
 }

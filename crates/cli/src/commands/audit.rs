@@ -16,8 +16,8 @@ use crate::output::{self, Output, print};
   stacyvm audit --actor key:ci --method DELETE
   stacyvm audit --status 401 --limit 500 --csv > refused.csv")]
 pub(crate) struct AuditArgs {
-    /// Calls at most, up to 500
-    #[arg(long, default_value_t = 100)]
+    /// Calls at most: 1 to 500
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=500))]
     limit: u64,
     /// Only those of this caller: key:NAME, api_key, admin_key, anonymous
     #[arg(long)]
@@ -28,8 +28,8 @@ pub(crate) struct AuditArgs {
     /// Only those with this text in the path
     #[arg(long)]
     path: Option<String>,
-    /// Only those with this status
-    #[arg(long)]
+    /// Only those with this status: 100 to 599
+    #[arg(long, value_parser = clap::value_parser!(u32).range(100..=599))]
     status: Option<u32>,
     /// Print a table for spreadsheets instead
     #[arg(long)]

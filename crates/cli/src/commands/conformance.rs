@@ -14,6 +14,7 @@ use stacyvm_conformance::{
 
 use crate::commands::Context;
 use crate::commands::serve::open_one;
+use crate::commands::settings::announce_data_dir;
 use crate::config::{self, Environment};
 use crate::data_dir::{self, DataDirLock};
 use crate::output::{Output, Tone, print};
@@ -111,9 +112,12 @@ impl Subject {
         }
         let name = args.provider.as_deref().context("name a provider or a URL")?;
         let environment = Environment::of_this_process();
-        let config = config::load(args.config.as_deref(), &environment)?.config;
-        let chosen = args.data_dir.as_deref().or(config.top.data_dir.as_deref());
-        let dir = data_dir::resolve(chosen, environment.home.as_deref())?;
+        let mut config = config::load(args.config.as_deref(), &environment)?.config;
+        if args.data_dir.is_some() {
+            config.top.data_dir.clone_from(&args.data_dir);
+        }
+        let dir = data_dir::resolve(config.top.data_dir.as_deref(), environment.home.as_deref())?;
+        announce_data_dir(context, &config, &dir);
         data_dir::create(&dir)?;
         let lock = DataDirLock::take(&dir)?;
         let provider = open_one(name, &config, &dir, &environment).await?;

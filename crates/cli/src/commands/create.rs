@@ -1,10 +1,24 @@
 //! The options that describe a new sandbox, shared by `run`, `spawn` and
 //! `template save`.
 
+use std::ops::RangeInclusive;
+
 use clap::Args;
 use stacyvm_api::{CreateRequest, Disk, Duration, NetworkMode, NetworkRequest};
 
-use crate::commands::key_value;
+use crate::commands::{given, key_value};
+
+/// What a server takes (`MEMORY_MIN_MIB`, `MEMORY_MAX_MIB` of the engine).
+const MEMORY_MIB: RangeInclusive<u64> = 16..=1 << 24;
+
+/// Linux' own maximum of pids.
+const PIDS_MAX: u64 = 1 << 22;
+
+/// Below this, a kernel's scheduler does not share a processor out.
+const VCPUS_MIN: f64 = 0.01;
+
+/// Stands in for `--owner`.
+const OWNER_VARIABLE: &str = "STACYVM_OWNER";
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sandbox")]
@@ -18,20 +32,20 @@ pub(crate) struct SandboxArgs {
     /// How long the sandbox may live, such as 30m or 2h
     #[arg(long, value_name = "TIME")]
     pub(crate) ttl: Option<Duration>,
-    /// Memory limit
-    #[arg(long, value_name = "MIB")]
+    /// Memory limit: 16 MiB at least
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(MEMORY_MIB))]
     pub(crate) memory: Option<u64>,
-    /// Processors at most, such as 2 or 0.5
-    #[arg(long, value_name = "COUNT")]
+    /// Processors at most, such as 2 or 0.5: 0.01 at least
+    #[arg(long, value_name = "COUNT", value_parser = processors)]
     pub(crate) vcpus: Option<f64>,
-    /// Size of the writable disk
-    #[arg(long = "disk", value_name = "MIB")]
+    /// Size of the writable disk: 1 MiB at least
+    #[arg(long = "disk", value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) disk_mib: Option<u64>,
     /// Keep the writable disk in memory, within the memory limit
     #[arg(long)]
     pub(crate) disk_in_memory: bool,
-    /// Processes and threads at most
-    #[arg(long, value_name = "COUNT")]
+    /// Processes and threads at most: 1 to 4194304
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..=PIDS_MAX))]
     pub(crate) pids_limit: Option<u64>,
     /// What it may reach: `none`, `bridge`, or a network of the runtime
     #[arg(long, value_name = "MODE")]
@@ -48,8 +62,8 @@ pub(crate) struct SandboxArgs {
     /// Note kept with the sandbox (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) metadata: Vec<(String, String)>,
-    /// Whom the sandbox is accounted to
-    #[arg(long, env = "STACYVM_OWNER")]
+    /// Whom the sandbox is accounted to [env: STACYVM_OWNER]
+    #[arg(long)]
     pub(crate) owner: Option<String>,
     /// Make it although some limits asked for cannot be enforced
     #[arg(long)]
@@ -68,7 +82,7 @@ impl SandboxArgs {
             disk: self.disk_in_memory.then_some(Disk::Memory),
             pids_limit: self.pids_limit,
             ttl: self.ttl,
-            owner_id: self.owner.clone(),
+            owner_id: given(self.owner.clone(), OWNER_VARIABLE),
             metadata: (!self.metadata.is_empty()).then(|| self.metadata.iter().cloned().collect()),
             env: (!self.env.is_empty()).then(|| self.env.iter().cloned().collect()),
             user: self.user.clone(),
@@ -84,5 +98,24 @@ impl SandboxArgs {
         }
         let mode = self.network.as_deref().map_or(NetworkMode::Bridge, NetworkMode::parse);
         Some(NetworkRequest { mode, allow: self.allow.clone() })
+    }
+}
+
+/// A number of processors, whole or not.
+fn processors(text: &str) -> Result<f64, String> {
+    let count: f64 = text.parse().map_err(|_| "write a number such as 2 or 0.5".to_owned())?;
+    if count.is_finite() && count >= VCPUS_MIN { Ok(count) } else { Err(format!("it must be {VCPUS_MIN} or more")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_are_a_number_that_can_be_shared_out() {
+        assert_eq!((processors("2"), processors("0.5"), processors("0.01")), (Ok(2.0), Ok(0.5), Ok(0.01)));
+        for text in ["0", "-1", "0.001", "inf", "NaN", "two", ""] {
+            assert!(processors(text).is_err(), "{text}");
+        }
     }
 }

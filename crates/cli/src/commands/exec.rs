@@ -18,6 +18,11 @@ use crate::failure::{Advice, NotRun};
 use crate::output::{Output, json_line};
 use crate::terminal::{self, Capture, Drive, Ended, Input, RawMode};
 
+const TERMINAL_TYPE: &str = "TERM";
+
+/// Where it is not known: what most are, or understand.
+const USUAL_TERMINAL: &str = "xterm-256color";
+
 /// Run a command in a sandbox
 ///
 /// Input that is piped in reaches the command; its output, errors and exit
@@ -67,14 +72,25 @@ pub(crate) struct CommandArgs {
     /// Leave standard input alone
     #[arg(long, short = 'n', conflicts_with = "tty")]
     no_stdin: bool,
+    #[arg(skip)]
+    terminal: Wanted,
+}
+
+/// Why a command runs on a terminal.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Wanted {
+    #[default]
+    ByOption,
+    /// It is what the subcommand is for.
+    ByCommand,
 }
 
 pub(crate) async fn run(context: &Context, args: ExecArgs) -> anyhow::Result<ExitCode> {
     let ExecArgs { id, command, env, user } = args;
     if command.words.is_empty() {
-        return Err(Advice::new(
+        return Err(Advice::usage(
             "there is no command to run",
-            format!("write it after `--`, or open a shell with `stacyvm shell {id}`"),
+            format!("write it behind --: `stacyvm exec {id} -- ls -l`; or open a shell: `stacyvm shell {id}`"),
         )
         .into());
     }
@@ -87,7 +103,8 @@ pub(crate) async fn run(context: &Context, args: ExecArgs) -> anyhow::Result<Exi
 impl CommandArgs {
     /// These words on the terminal this program runs in.
     pub(crate) fn on_terminal(words: Vec<String>, workdir: Option<String>) -> Self {
-        Self { words, shell: false, workdir, timeout: None, tty: true, no_stdin: false }
+        let terminal = Wanted::ByCommand;
+        Self { words, shell: false, workdir, timeout: None, tty: true, no_stdin: false, terminal }
     }
 
     /// The words as they are, or as one text for the shell.
@@ -112,6 +129,15 @@ pub(crate) fn argv(words: &[String], base: ExecRequest) -> ExecRequest {
     ExecRequest { command, args: Some(args), mode: Some("argv".to_owned()), ..base }
 }
 
+/// Programs on a terminal need to know its kind: that of the one this program
+/// is on, unless the command is told another.
+fn with_terminal_type(request: ExecRequest) -> ExecRequest {
+    let here = std::env::var(TERMINAL_TYPE).ok().filter(|kind| !kind.is_empty());
+    let mut env = request.env.unwrap_or_default();
+    env.entry(TERMINAL_TYPE.to_owned()).or_insert_with(|| here.unwrap_or_else(|| USUAL_TERMINAL.to_owned()));
+    ExecRequest { env: Some(env), ..request }
+}
+
 /// Runs the command and prints what comes of it.
 pub(crate) async fn execute(
     sandbox: &SandboxClient,
@@ -121,8 +147,13 @@ pub(crate) async fn execute(
     stop: &CancellationToken,
 ) -> anyhow::Result<ExitCode> {
     if command.tty && !std::io::stdin().is_terminal() {
-        return Err(Advice::new("standard input is not a terminal", "leave out --tty").into());
+        let hint = match command.terminal {
+            Wanted::ByOption => "leave out --tty".to_owned(),
+            Wanted::ByCommand => format!("run a command without one: stacyvm exec {} -- COMMAND", sandbox.id()),
+        };
+        return Err(Advice::new("standard input is not a terminal", hint).into());
     }
+    let request = if command.tty { with_terminal_type(request) } else { request };
     let raw = if command.tty { Some(RawMode::enter()?) } else { None };
     let how = Drive {
         request,

@@ -14,6 +14,7 @@ use stacyvm_sandbox::{Progress, ProgressSink};
 
 use crate::commands::Context;
 use crate::commands::serve::image_store;
+use crate::commands::settings::announce_data_dir;
 use crate::config::{self, Environment};
 use crate::data_dir;
 use crate::output::{self, Output, lines};
@@ -23,8 +24,9 @@ const DIGEST_CHARS: usize = "sha256:".len() + 12;
 
 /// Bring in, list and remove the images kept on this host
 ///
-/// Works on the image store of the data directory, beside a running server or
-/// without one. Run it as the user that the server runs as.
+/// Works on the image store of a data directory of this host, beside a running
+/// server or without one; --server has no part in it. Run it as the user that the
+/// server runs as.
 #[derive(Debug, Args)]
 pub(crate) struct ImageArgs {
     #[command(subcommand)]
@@ -114,7 +116,7 @@ struct Entry {
 
 pub(crate) async fn run(context: &Context, args: ImageArgs) -> anyhow::Result<()> {
     let output = context.output;
-    let (store, data_dir) = open(&args).await?;
+    let (store, data_dir) = open(context, &args).await?;
     // A server with another directory does not see what is brought in here.
     let say_where = || output.note(&format!("stored in {}, for servers with this data directory", data_dir.display()));
     match args.command {
@@ -169,13 +171,14 @@ pub(crate) async fn run(context: &Context, args: ImageArgs) -> anyhow::Result<()
 }
 
 /// The store that a server with the same options uses, and its data directory.
-async fn open(args: &ImageArgs) -> anyhow::Result<(ImageStore, PathBuf)> {
+async fn open(context: &Context, args: &ImageArgs) -> anyhow::Result<(ImageStore, PathBuf)> {
     let environment = Environment::of_this_process();
     let mut config = config::load(args.config.as_deref(), &environment)?.config;
     if args.data_dir.is_some() {
         config.top.data_dir.clone_from(&args.data_dir);
     }
     let data_dir = data_dir::resolve(config.top.data_dir.as_deref(), environment.home.as_deref())?;
+    announce_data_dir(context, &config, &data_dir);
     data_dir::create(&data_dir)?;
     let store = ImageStore::open(image_store(&config, &data_dir, &environment)).await?;
     Ok((store, data_dir))

@@ -11,6 +11,7 @@ use crate::commands::Context;
 use crate::commands::doctor::{self, Suggestion};
 use crate::commands::settings::PlaceArgs;
 use crate::config::{Environment, meaning_of};
+use crate::data_dir;
 use crate::output::print;
 use crate::private_file::{Existing, PrivateFile};
 
@@ -28,11 +29,13 @@ const WIDTH: usize = 100;
 /// Write a commented configuration for what this host has
 ///
 /// Looks at the host as `stacyvm doctor` does and chooses the strongest
-/// isolation and limits that fit. The file passes `stacyvm config lint`.
+/// isolation and limits that fit. The file passes `stacyvm config lint`. With
+/// --production it passes `stacyvm config lint --production`: callers need keys,
+/// which are made with `stacyvm key create`, and are limited.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   stacyvm init
-  stacyvm init --output /etc/stacyvm/stacyvm.yaml
+  stacyvm init --production --output /etc/stacyvm/stacyvm.yaml
   stacyvm init --output - | less")]
 pub(crate) struct InitArgs {
     /// File to write; `-` is standard output
@@ -41,6 +44,9 @@ pub(crate) struct InitArgs {
     /// Replace the file where it exists
     #[arg(long)]
     force: bool,
+    /// Write it for a server that other people depend on
+    #[arg(long)]
+    production: bool,
 }
 
 /// What the limits are measured by.
@@ -57,16 +63,34 @@ pub(crate) async fn run(context: &Context, args: &InitArgs) -> anyhow::Result<()
     // What an older file says has no part in a new one.
     let fresh = Environment { current_dir: PathBuf::new(), home: None, ..environment.clone() };
     let loaded = PlaceArgs::default().load(&fresh);
-    let diagnosis = doctor::diagnose(context, &loaded, &environment, Strictness::Development).await?;
-    let text = document(diagnosis.suggestion.as_ref(), this_host());
+    let strictness = Strictness::new(args.production);
+    let diagnosis = doctor::diagnose(context, &loaded, &environment, strictness).await?;
+    let text = document(diagnosis.suggestion.as_ref(), this_host(), strictness);
     let Some(mut file) = file else { return print(&text) };
     file.write(text.as_bytes())?;
     let path = file.finish()?;
     let runtime = diagnosis.suggestion.map(|suggestion| suggestion.runtime);
     context.output.show(&json!({ "path": path, "runtime": runtime }), |_| {
         let path = path.display();
-        format!("wrote {path}\nnext: stacyvm config lint --file {path} && stacyvm serve --config {path}\n")
+        let serve = format!("stacyvm serve --config {path}");
+        let next = match strictness {
+            Strictness::Development => format!("stacyvm config lint --file {path} && {serve}"),
+            // Without a first key such a server does not start.
+            Strictness::Production => {
+                let dir = shown_data_dir(&environment);
+                let key = "stacyvm key create admin --scope read --scope api --scope admin";
+                format!("{key} --data-dir {dir} --config {path} && {serve}")
+            }
+        };
+        format!("wrote {path}\nnext: {next}\n")
     })
+}
+
+/// Where a server with the new file keeps its data.
+fn shown_data_dir(environment: &Environment) -> String {
+    let chosen = environment.get("STACYVM_DATA_DIR").map(PathBuf::from);
+    let dir = data_dir::resolve(chosen.as_deref(), environment.home.as_deref());
+    dir.map_or_else(|_| "DIR".to_owned(), |dir| dir.display().to_string())
 }
 
 fn this_host() -> Size {
@@ -77,7 +101,7 @@ fn this_host() -> Size {
 }
 
 /// The file's text.
-fn document(suggestion: Option<&Suggestion>, size: Size) -> String {
+fn document(suggestion: Option<&Suggestion>, size: Size, strictness: Strictness) -> String {
     let mut page = Page::default();
     page.comment(&format!(
         "StacyVM's configuration, written by `stacyvm init` of version {} for a host with {} MiB of memory and {} \
@@ -89,9 +113,12 @@ fn document(suggestion: Option<&Suggestion>, size: Size) -> String {
     ));
     page.runtime(suggestion);
     page.server();
-    page.keys();
+    match strictness {
+        Strictness::Development => page.keys(),
+        Strictness::Production => page.required_keys(),
+    }
     page.limits(size);
-    page.rest();
+    page.rest(strictness);
     page.text
 }
 
@@ -174,6 +201,22 @@ impl Page {
         self.set("auth", "admin_fallback_enabled", "false");
     }
 
+    fn required_keys(&mut self) {
+        self.text.push('\n');
+        self.comment(
+            "Keys. Nobody calls without one; the first is made while the server is stopped: `stacyvm key create admin \
+             --scope read --scope api --scope admin --data-dir DIR`.",
+        );
+        self.text.push_str("auth:\n");
+        self.section = "auth";
+        self.set("auth", "enabled", "true");
+        self.set("auth", "admin_fallback_enabled", "false");
+        self.set("auth", "failures_per_minute", "60");
+        self.set("auth", "admin_audit_retention", "2160h");
+        self.set("rate_limit", "enabled", "true");
+        self.set("rate_limit", "requests_per_minute", "600");
+    }
+
     fn limits(&mut self, size: Size) {
         let for_sandboxes = size.memory_mb.saturating_sub(RESERVED_MEMORY_MB);
         let memory = DEFAULT_MEMORY_MB.min((for_sandboxes / 2).max(128));
@@ -191,9 +234,13 @@ impl Page {
         self.set("defaults", "max_disk_size_mb", "10240");
     }
 
-    fn rest(&mut self) {
+    fn rest(&mut self, strictness: Strictness) {
         self.set("logging", "level", "info");
-        self.set("logging", "format", "auto");
+        let format = match strictness {
+            Strictness::Development => "auto",
+            Strictness::Production => "json",
+        };
+        self.set("logging", "format", format);
     }
 }
 
@@ -214,20 +261,28 @@ mod tests {
     }
 
     fn judge(text: &str) -> Checks {
+        judge_for(text, Strictness::Development)
+    }
+
+    fn judge_for(text: &str, strictness: Strictness) -> Checks {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("stacyvm.yaml");
         std::fs::write(&file, text).unwrap();
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
-        lint(&load(Some(&file), &Environment::default()), Strictness::Development)
+        lint(&load(Some(&file), &Environment::default()), strictness)
     }
 
     #[test]
     fn what_is_written_passes_on_every_host() {
         for size in [SMALL, LARGE] {
             for suggestion in [Some(oci()), None] {
-                let text = document(suggestion.as_ref(), size);
+                let text = document(suggestion.as_ref(), size, Strictness::Development);
                 let checks = judge(&text);
                 assert!(checks.count(Status::Fail) == 0, "{checks:#?}\n{text}");
+                let strict = document(suggestion.as_ref(), size, Strictness::Production);
+                let checks = judge_for(&strict, Strictness::Production);
+                assert!(checks.count(Status::Fail) == 0, "{checks:#?}\n{strict}");
+                let text = text + &strict;
                 assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
             }
         }
@@ -235,7 +290,7 @@ mod tests {
 
     #[test]
     fn what_is_only_offered_can_be_taken() {
-        let text = document(Some(&oci()), LARGE);
+        let text = document(Some(&oci()), LARGE, Strictness::Development);
         let dir = tempfile::tempdir().unwrap();
         let key = dir.path().join("key");
         std::fs::write(&key, "0123456789abcdef0123456789abcdef").unwrap();
@@ -258,8 +313,9 @@ mod tests {
 
     #[test]
     fn limits_fit_the_host() {
-        assert!(document(None, SMALL).contains("  max_sandboxes: 1\n"), "{}", document(None, SMALL));
-        assert!(document(None, LARGE).contains("  max_sandboxes: 255\n"));
-        assert!(document(None, LARGE).contains("  max_vcpus: 64\n"));
+        let document = |size| document(None, size, Strictness::Development);
+        assert!(document(SMALL).contains("  max_sandboxes: 1\n"), "{}", document(SMALL));
+        assert!(document(LARGE).contains("  max_sandboxes: 255\n"));
+        assert!(document(LARGE).contains("  max_vcpus: 64\n"));
     }
 }

@@ -1,13 +1,14 @@
 //! `stacyvm key`: API keys, on a server or in the data directory of one that is
 //! not running.
 
+use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde_json::json;
-use stacyvm_api::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, Duration, KeyScope, OwnerId};
+use stacyvm_api::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, Duration, KeyRevokeQuery, KeyScope, OwnerId};
 use stacyvm_client::Client;
-use stacyvm_engine::{Keys, RevokedKeys};
+use stacyvm_engine::{Keys, LastAdminKey, RevokedKeys};
 
 use crate::commands::Context;
 use crate::commands::serve::database;
@@ -51,18 +52,8 @@ enum KeyCommand {
         #[arg(long)]
         revoked: bool,
     },
-    /// Revoke keys: they stop working at once, with what is under way
-    #[command(
-        visible_alias = "rm",
-        after_help = "Examples:
-  stacyvm key revoke ci
-  stacyvm key revoke key-7c1v8b3n5q6w4f9k2m0x"
-    )]
-    Revoke {
-        /// Names or ids
-        #[arg(required = true, value_name = "KEY")]
-        keys: Vec<String>,
-    },
+    #[command(visible_alias = "rm")]
+    Revoke(RevokeArgs),
 }
 
 /// Make a key and print it, this once
@@ -88,6 +79,23 @@ struct CreateArgs {
     /// Whom everything done with it is accounted to
     #[arg(long, value_name = "OWNER")]
     owner: Option<OwnerId>,
+}
+
+/// Revoke keys: they stop working at once, with what is under way
+///
+/// The last key with the scope `admin` is kept unless --force is given: without
+/// it, keys can only be made in the data directory of the stopped server.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  stacyvm key revoke ci
+  stacyvm key revoke key-7c1v8b3n5q6w4f9k2m0x")]
+struct RevokeArgs {
+    /// Names or ids
+    #[arg(required = true, value_name = "KEY")]
+    keys: Vec<String>,
+    /// Also the last key that can make and revoke keys
+    #[arg(long)]
+    force: bool,
 }
 
 /// Where the keys are.
@@ -119,7 +127,9 @@ pub(crate) async fn run(context: &Context, args: KeyArgs) -> anyhow::Result<()> 
             let keys = place.list(revoked).await;
             keys.and_then(|keys| context.output.show(&keys, |keys| table(context.output, keys)))
         }
-        KeyCommand::Revoke { keys } => revoke(context.output, &place, &keys).await,
+        KeyCommand::Revoke(args) => {
+            revoke(context.output, &place, &args.keys, KeyRevokeQuery { force: args.force }).await
+        }
     };
     place.close().await?;
     done
@@ -140,10 +150,13 @@ async fn create(output: Output, place: &Place, args: CreateArgs) -> anyhow::Resu
     let expires =
         about.expires_at.map_or_else(|| "never expires".to_owned(), |at| format!("expires {}", output::relative(at)));
     output.note(&format!("made key {} ({}), {}, {expires}; it is shown only now", about.name, about.id, scopes(about)));
+    // Where it went into a variable or a file, it is not written a second time.
+    let shown = if std::io::stdout().is_terminal() { key } else { "<the key>" };
+    output.note(&format!("use it: export STACYVM_API_KEY={shown}"));
     Ok(())
 }
 
-async fn revoke(output: Output, place: &Place, wanted: &[String]) -> anyhow::Result<()> {
+async fn revoke(output: Output, place: &Place, wanted: &[String], query: KeyRevokeQuery) -> anyhow::Result<()> {
     let keys = place.list(false).await?;
     let mut found = Vec::with_capacity(wanted.len());
     for text in wanted {
@@ -154,7 +167,7 @@ async fn revoke(output: Output, place: &Place, wanted: &[String]) -> anyhow::Res
         })?);
     }
     for key in found {
-        place.revoke(key).await?;
+        place.revoke(key, &query).await?;
         output.show(&json!({ "revoked": key.id }), |_| format!("revoked {}\n", key.name))?;
     }
     Ok(())
@@ -198,10 +211,14 @@ impl Place {
         }
     }
 
-    async fn revoke(&self, key: &ApiKey) -> anyhow::Result<()> {
+    async fn revoke(&self, key: &ApiKey, query: &KeyRevokeQuery) -> anyhow::Result<()> {
         match self {
-            Self::Server(client) => Ok(client.revoke_key(&key.id).await?),
-            Self::Directory { keys, .. } => Ok(keys.revoke(&key.id).await?),
+            Self::Server(client) => Ok(client.revoke_key(&key.id, query).await?),
+            Self::Directory { keys, administered, .. } => {
+                let may_go = query.force || *administered == Administered::ByConfiguredKey;
+                let last_admin = if may_go { LastAdminKey::Revoked } else { LastAdminKey::Kept };
+                Ok(keys.revoke(&key.id, last_admin).await?)
+            }
         }
     }
 
@@ -261,9 +278,12 @@ mod tests {
         assert!(second.to_string().contains("uses the data directory"), "{second}");
 
         let output = Output::new(crate::output::Form::Human);
-        revoke(output, &place, &["root".to_owned()]).await.unwrap();
-        let error = revoke(output, &place, std::slice::from_ref(&made.key)).await.unwrap_err();
-        assert!(!crate::failure::text(&error).contains(&made.key[4..]), "a key is not repeated");
+        let (root, force) = (["root".to_owned()], KeyRevokeQuery { force: true });
+        let kept = revoke(output, &place, &root, KeyRevokeQuery::default()).await.unwrap_err();
+        assert!(kept.to_string().contains("last key"), "{kept}");
+        revoke(output, &place, &root, force.clone()).await.unwrap();
+        let error = revoke(output, &place, std::slice::from_ref(&made.key), force).await.unwrap_err();
+        assert!(!crate::failure::Report::new(&error).text().contains(&made.key[4..]), "a key is not repeated");
         let names: Vec<_> = place.list(false).await.unwrap().into_iter().map(|key| key.name).collect();
         assert_eq!(names, ["ci"]);
         place.close().await.unwrap();

@@ -14,8 +14,8 @@ use crate::output::lines;
 pub(crate) struct LogsArgs {
     /// The sandbox
     id: SandboxId,
-    /// Lines at most
-    #[arg(long, short = 'n', default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Lines at most: 1 to 10000
+    #[arg(long, short = 'n', default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     lines: u32,
 }
 

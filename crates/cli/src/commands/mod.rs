@@ -37,6 +37,7 @@ mod stats;
 mod support;
 mod template;
 mod upgrade;
+pub(crate) mod usage;
 mod version;
 
 #[cfg(test)]
@@ -55,6 +56,11 @@ pub(crate) use serve::KNOWN_PROVIDERS;
 
 /// Where `stacyvm serve` listens unless told otherwise.
 const DEFAULT_SERVER: &str = "http://127.0.0.1:7423";
+
+/// Stand in for options that are not given. They are read here and not by clap,
+/// whose help and usage would then depend on what is set.
+const SERVER_VARIABLE: &str = "STACYVM_URL";
+const API_KEY_VARIABLE: &str = "STACYVM_API_KEY";
 
 /// A computer for every AI agent: sandboxes in milliseconds, from one binary.
 #[derive(Debug, Parser)]
@@ -75,13 +81,11 @@ pub(crate) struct Cli {
 /// Options that every command takes.
 #[derive(Debug, Args)]
 pub(crate) struct GlobalArgs {
-    /// Server to talk to
-    #[arg(long, global = true, env = "STACYVM_URL", default_value = DEFAULT_SERVER, value_name = "URL")]
-    #[arg(help_heading = "Global options", hide_env_values = true)]
-    server: String,
-    /// The server's API key
-    #[arg(long, global = true, env = "STACYVM_API_KEY", value_name = "KEY")]
-    #[arg(help_heading = "Global options", hide_env_values = true)]
+    /// Server to talk to [env: STACYVM_URL] [default: http://127.0.0.1:7423]
+    #[arg(long, global = true, value_name = "URL", help_heading = "Global options")]
+    server: Option<String>,
+    /// The server's API key [env: STACYVM_API_KEY]
+    #[arg(long, global = true, value_name = "KEY", help_heading = "Global options")]
     api_key: Option<String>,
     /// Print JSON instead of text for people
     #[arg(long, global = true, help_heading = "Global options")]
@@ -134,21 +138,40 @@ enum Command {
 /// What every command works with.
 #[derive(Debug)]
 pub(crate) struct Context {
-    server: String,
+    /// The server that somebody named.
+    pub(crate) server: Option<String>,
     api_key: Option<String>,
     pub(crate) output: Output,
 }
 
 impl Context {
+    fn new(global: GlobalArgs, form: Form) -> Self {
+        Self {
+            server: given(global.server, SERVER_VARIABLE),
+            api_key: given(global.api_key, API_KEY_VARIABLE),
+            output: Output::new(form),
+        }
+    }
+
     pub(crate) fn client(&self) -> anyhow::Result<Client> {
-        // A variable that is set to nothing is not set.
-        let server = if self.server.trim().is_empty() { DEFAULT_SERVER } else { &self.server };
+        let server = self.server.as_deref().unwrap_or(DEFAULT_SERVER);
         let options = ClientOptions { api_key: self.api_key.clone(), ..ClientOptions::new(server) };
         Ok(Client::new(&options)?)
     }
 }
 
+/// An option, or the variable that stands in for it. What is set to nothing is
+/// not set.
+pub(crate) fn given(option: Option<String>, variable: &str) -> Option<String> {
+    option.or_else(|| std::env::var(variable).ok()).filter(|text| !text.trim().is_empty())
+}
+
 impl Cli {
+    /// For whom everything is written, errors included.
+    pub(crate) fn form(&self) -> Form {
+        if self.global.json { Form::Json } else { Form::Human }
+    }
+
     /// Servers use every processor; a client has one thing to do.
     pub(crate) fn runtime(&self) -> std::io::Result<Runtime> {
         let mut builder = match self.command {
@@ -163,9 +186,9 @@ impl Cli {
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
+        let form = self.form();
         let Self { global, command } = self;
-        let form = if global.json { Form::Json } else { Form::Human };
-        let context = Context { server: global.server, api_key: global.api_key, output: Output::new(form) };
+        let context = Context::new(global, form);
         let done = match command {
             Command::Run(args) => return run::run(&context, *args).await,
             Command::Certify(args) => return certify::run(&context, *args).await,

@@ -3,9 +3,11 @@
 use std::fmt::Write as _;
 
 use clap::Args;
-use stacyvm_api::{Finding, FindingLevel, ProviderDetail, ProviderHealth};
+use stacyvm_api::{ErrorCode, Finding, FindingLevel, ProviderDetail, ProviderHealth};
+use stacyvm_client::ClientError;
 
-use crate::commands::Context;
+use crate::commands::{Context, KNOWN_PROVIDERS};
+use crate::failure::Advice;
 use crate::output::{Output, Tone};
 
 /// List the server's runtimes, or show one with what was found on the host
@@ -28,11 +30,24 @@ pub(crate) async fn run(context: &Context, args: ProvidersArgs) -> anyhow::Resul
         client.test_providers().await?;
     }
     if let Some(name) = args.name {
-        let provider = client.provider(&name).await?;
+        let provider = client.provider(&name).await.map_err(|error| not_enabled(error, &name))?;
         return context.output.show(&provider, |provider| page(context.output, provider));
     }
     let providers = client.providers().await?;
     context.output.show(&providers, |providers| table(context.output, providers))
+}
+
+/// A runtime that this program has and the server does not use.
+fn not_enabled(error: ClientError, name: &str) -> anyhow::Error {
+    if error.code() != Some(ErrorCode::NotFound) || !KNOWN_PROVIDERS.contains(&name) {
+        return error.into();
+    }
+    let variable = format!("STACYVM_PROVIDERS_{}_ENABLED=true", name.to_uppercase());
+    let hint = format!(
+        "set providers.{name}.enabled: true in the server's configuration, or {variable}, and start it again; \
+         `stacyvm doctor` says what {name} needs"
+    );
+    Advice::new(format!("the provider {name} is not enabled on this server"), hint).of(ErrorCode::NotFound).into()
 }
 
 fn health(output: Output, healthy: bool) -> String {

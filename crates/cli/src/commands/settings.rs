@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use crate::config::{self, ConfigError, Environment, Given, Loaded};
-use crate::data_dir;
+use crate::commands::Context;
+use crate::config::{self, Config, ConfigError, Environment, Given, Loaded};
+use crate::data_dir::{self, Holder};
 
 /// Where a server's settings and data are.
 #[derive(Debug, Default, Args)]
@@ -17,6 +18,23 @@ pub(crate) struct PlaceArgs {
     /// Data directory of the server
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
+}
+
+/// Says which data directory a command without a server works on, where nobody
+/// named one: the server that is meant may have another.
+pub(crate) fn announce_data_dir(context: &Context, config: &Config, dir: &Path) {
+    if config.top.data_dir.is_some() {
+        return;
+    }
+    let used = match data_dir::holder(dir) {
+        Some(Holder { pid: Some(pid) }) => format!("which the server with process {pid} uses"),
+        Some(Holder { pid: None }) => "which a server uses".to_owned(),
+        None => "which no server uses now".to_owned(),
+    };
+    context.output.note(&format!("data directory: {}, {used}; --data-dir or --config names another", dir.display()));
+    if let Some(server) = &context.server {
+        context.output.note(&format!("note: this works on files of this host, and does not ask the server {server}"));
+    }
 }
 
 /// Settings that can be given on the command line, as `serve` takes them.

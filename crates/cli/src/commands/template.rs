@@ -1,6 +1,7 @@
 //! `stacyvm template`: named recipes for sandboxes.
 
 use std::io::Read as _;
+use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
@@ -9,6 +10,7 @@ use stacyvm_api::{Duration, ErrorCode, Template, TemplateSpawnRequest};
 use stacyvm_client::Client;
 
 use crate::commands::create::SandboxArgs;
+use crate::commands::spawn::{self, Told};
 use crate::commands::{Context, key_value};
 use crate::failure::Advice;
 use crate::output::{self, Output};
@@ -43,6 +45,9 @@ enum TemplateCommand {
 }
 
 /// Store a template, or replace the one of that name
+///
+/// A template has 1 processor, 512 MiB of memory and a life of 5 minutes for its
+/// sandboxes, unless --vcpus, --memory and --ttl say otherwise.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   stacyvm template save data-science --image python:3.12 --memory 2048 --setup 'pip install pandas'
@@ -63,21 +68,27 @@ struct SaveArgs {
 }
 
 /// Create a sandbox from a template
+///
+/// Prints its id on standard output, and what there is to know about it on
+/// standard error.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  stacyvm template spawn data-science
+  id=$(stacyvm template spawn data-science)
   stacyvm template spawn data-science --ttl 2h --metadata job=42")]
 struct SpawnArgs {
     name: String,
     /// Runtime to use instead of the template's
     #[arg(long)]
     provider: Option<String>,
-    /// How long the sandbox may live
+    /// How long the sandbox may live; as long as the template says unless given
     #[arg(long, value_name = "TIME")]
     ttl: Option<Duration>,
     /// Note kept with the sandbox (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     metadata: Vec<(String, String)>,
+    /// Say nothing beside the id
+    #[arg(long, short = 'q')]
+    quiet: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: TemplateArgs) -> anyhow::Result<()> {
@@ -104,16 +115,10 @@ pub(crate) async fn run(context: &Context, args: TemplateArgs) -> anyhow::Result
         TemplateCommand::Spawn(args) => {
             let metadata = (!args.metadata.is_empty()).then(|| args.metadata.into_iter().collect());
             let request = TemplateSpawnRequest { provider: args.provider, ttl: args.ttl, metadata };
+            let started = Instant::now();
             let sandbox = client.spawn_template(&args.name, &request).await?;
-            context.output.show(&sandbox, |sandbox| {
-                format!(
-                    "{}  {} on {}, expires {}\n",
-                    sandbox.id,
-                    sandbox.image,
-                    sandbox.provider,
-                    output::relative(sandbox.expires_at)
-                )
-            })
+            let told = if args.quiet { Told::IdAlone } else { Told::All(started.elapsed()) };
+            spawn::show(context.output, &sandbox, told)
         }
     }
 }
@@ -176,10 +181,11 @@ fn table(output: Output, templates: &[Template]) -> String {
             template.image.clone(),
             or_dash(template.memory_mb.map(|mib| output::bytes(mib << 20))),
             or_dash(template.vcpus.or(template.cpu_cores).map(|count| count.to_string())),
+            or_dash(template.ttl.map(|ttl| output::span(ttl.get()))),
             or_dash(template.description.clone()),
         ]
     });
-    output.table(&["NAME", "IMAGE", "MEMORY", "VCPUS", "DESCRIPTION"], rows.collect())
+    output.table(&["NAME", "IMAGE", "MEMORY", "VCPUS", "TTL", "DESCRIPTION"], rows.collect())
 }
 
 /// Templates are written to be saved again, so people get JSON too.

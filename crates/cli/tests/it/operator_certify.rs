@@ -44,7 +44,7 @@ async fn oci_is_certified_with_evidence_that_verifies() {
     let site = Site::new();
     let image = Site::archive().to_str().expect("text");
     let mut command = site.program();
-    command.env_remove("STACYVM_DATA_DIR").args(["certify", "oci", "--image-archive", image, "--format", "json"]);
+    command.env_remove("STACYVM_DATA_DIR").args(["certify", "oci", "--image-archive", image]);
     command.args(["--output", "evidence/oci.json", "--samples", "3", "--slo-spawn-p95", "60s"]);
     command.args(["--slo-mem-overhead", "512"]);
     // The contract suite alone takes longer than `run` waits.

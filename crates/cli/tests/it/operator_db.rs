@@ -147,10 +147,37 @@ async fn a_store_is_restored_where_there_was_none() {
     server.stop(Signal::TERM).await;
     let elsewhere = site.home().join("elsewhere");
     let directory = elsewhere.display().to_string();
+    let typo = db(&site, &["restore", &backup, "--yes", "--data-dir", &directory]).await.failed(1);
+    assert!(!elsewhere.exists(), "a slip of the fingers makes no directory");
+    typo.says(&format!("there is no directory {directory}")).says(&format!("mkdir -p -m 700 {directory}"));
+    fs::create_dir(&elsewhere).expect("made");
     db(&site, &["restore", &backup, "--yes", "--data-dir", &directory]).await.ok();
     assert_eq!(elsewhere.metadata().expect("made").permissions().mode() & 0o777, 0o700);
     let bytes = fs::read(elsewhere.join("stacyvm.db")).expect("restored");
     assert!(bytes.windows(id.len()).any(|window| window == id.as_bytes()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_without_keys_does_not_open_a_server_by_accident() {
+    let site = Site::new();
+    start(&site).await.stop(Signal::TERM).await;
+    let path = |name: &str| site.home().join(name).display().to_string();
+    let (open, one, data_dir) = (path("open.db"), path("one.db"), path("data"));
+    db(&site, &["backup", &open]).await.ok();
+    let key = async |arguments: &[&str]| site.run(&[&["key"], arguments, &["--data-dir", &data_dir]].concat()).await;
+    key(&["create", "root", "--scope", "admin"]).await.ok();
+    key(&["create", "ci"]).await.ok();
+    db(&site, &["backup", &one]).await.ok();
+    key(&["revoke", "ci"]).await.ok();
+
+    let refused = db(&site, &["restore", &open, "--yes"]).await.failed(1);
+    refused.says("from before the first API key").says("--without-keys");
+    assert_eq!(safety_copies(&site, "restore"), Vec::<PathBuf>::new(), "nothing was touched");
+    db(&site, &["restore", &one, "--yes"]).await.ok().says("valid again: ci");
+    let listed = key(&["list"]).await.ok();
+    assert!(listed.stdout().contains("root") && listed.stdout().contains("ci"), "{listed}");
+    db(&site, &["restore", &open, "--yes", "--without-keys"]).await.ok();
+    assert_eq!(key(&["list"]).await.ok().stdout(), "no keys\n");
 }
 
 #[tokio::test(flavor = "multi_thread")]

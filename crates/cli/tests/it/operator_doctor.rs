@@ -53,6 +53,16 @@ async fn the_doctor_says_what_runs_here_and_changes_nothing() {
 
     let text = doctor(&site, &[], |_| {}).await.ok();
     assert!(text.stdout().contains("\nRuntimes, strongest isolation first:\n"), "{text}");
+    let absent = page["runtimes"].as_array().expect("a list").iter().filter(|found| found["in_this_version"] == false);
+    for name in absent.map(|found| found["name"].as_str().expect("a name")) {
+        assert!(!text.stdout().contains(name), "{name} cannot be had: {text}");
+    }
+    assert!(!text.stdout().contains("[PASS]") && text.stdout().contains("--verbose shows every check"), "{text}");
+    let full = doctor(&site, &["--verbose"], |_| {}).await.ok();
+    for found in page["checks"].as_array().expect("a list") {
+        let line = format!("[{}] {}: ", found["status"].as_str().expect("text"), found["name"].as_str().expect("text"));
+        assert!(full.stdout().contains(&line), "{line} is not in {full}");
+    }
     let strict = doctor(&site, &["--production"], |_| {}).await;
     assert_eq!(strict.status(), Some(1), "{strict}");
     assert!(strict.stdout().contains("[FAIL] auth.api_key: "), "{strict}");
@@ -161,5 +171,28 @@ async fn what_init_writes_passes_the_lint_and_runs_a_server() {
 
     let server = Server::start(&site, &["--destroy-on-exit"]).await;
     server.run(&["health"]).await.ok().says("provider oci (default): healthy");
+    server.stop(Signal::TERM).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_init_writes_for_production_passes_as_it_stands() {
+    let site = Site::new();
+    let made = site.run(&["init", "--production"]).await.ok().says("stacyvm key create admin");
+    let mut lint = site.program();
+    // The tests' own is below /tmp, which is no place for production.
+    lint.env_remove("STACYVM_DATA_DIR").args(["config", "lint", "--production"]);
+    let judged = run(lint.into(), b"").await.ok();
+    assert!(judged.stdout().contains(" 0 failed"), "{judged}");
+    let keyless = site.run(&["serve", "--port", "0"]).await.says("no key is valid").says("stacyvm key create");
+    assert_eq!(keyless.status(), Some(1), "{keyless}");
+    // What it says to do next is enough.
+    let next = made.stdout().lines().find_map(|line| line.strip_prefix("next: ")).expect("what to do");
+    let (create, _) = next.split_once(" && ").expect("two steps");
+    let mut shell = site.command("bash");
+    shell.args(["-c", &create.replacen("stacyvm", env!("CARGO_BIN_EXE_stacyvm"), 1)]);
+    let key = run(shell.into(), b"").await.ok();
+    let server = Server::start(&site, &["--destroy-on-exit"]).await;
+    server.run(&["list"]).await.failed(1).says("a valid API key is required");
+    server.run(&["list", "--api-key", key.stdout().trim()]).await.ok();
     server.stop(Signal::TERM).await;
 }

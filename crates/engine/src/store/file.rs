@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _};
-use stacyvm_api::{SandboxState, Timestamp};
+use stacyvm_api::{ApiKey, SandboxState, Timestamp};
 
+use super::keys::{KEYS_MADE, KeyRow};
 use super::{BUSY_TIMEOUT, Doing as _, MIGRATIONS, StoreError, rows};
 
 /// Damages that are listed; one is enough to not use the file.
@@ -55,6 +56,15 @@ pub struct StoreStatistics {
     /// Rows of each table.
     pub rows: Vec<(String, u64)>,
     pub sandboxes: Vec<(SandboxState, u64)>,
+}
+
+/// What a store knows of API keys; not the keys themselves.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StoreKeys {
+    /// A key was stored once, so that a server with this store is closed.
+    pub ever_made: bool,
+    /// Those that are not revoked.
+    pub in_force: Vec<ApiKey>,
 }
 
 impl StoreFile {
@@ -144,6 +154,36 @@ impl StoreFile {
             sqlx::query_scalar("PRAGMA journal_mode = DELETE").fetch_one(&mut connection).await.doing(DOING)?;
         connection.close().await.doing(DOING)?;
         if mode == "delete" { Ok(()) } else { Err(StoreError::new(DOING, format!("it stays in the mode {mode}"))) }
+    }
+
+    /// The API keys in force. A file from before there were keys has none.
+    pub async fn keys(&self) -> Result<StoreKeys, StoreError> {
+        const DOING: &str = "read the API keys";
+        let mut connection = self.read().await?;
+        let tables: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN ('api_keys', 'counters')",
+        )
+        .fetch_one(&mut connection)
+        .await
+        .doing(DOING)?;
+        let keys = if tables == 2 {
+            let rows = sqlx::query("SELECT * FROM api_keys WHERE revoked_at IS NULL ORDER BY created_at DESC, id DESC")
+                .fetch_all(&mut connection)
+                .await
+                .doing(DOING)?;
+            let in_force =
+                rows.iter().map(|row| KeyRow::read(row).map(|row| row.about)).collect::<Result<_, _>>().doing(DOING)?;
+            let made: Option<i64> = sqlx::query_scalar("SELECT value FROM counters WHERE name = ?1")
+                .bind(KEYS_MADE)
+                .fetch_optional(&mut connection)
+                .await
+                .doing(DOING)?;
+            StoreKeys { ever_made: made.is_some_and(|made| made > 0), in_force }
+        } else {
+            StoreKeys::default()
+        };
+        connection.close().await.doing(DOING)?;
+        Ok(keys)
     }
 
     pub async fn statistics(&self) -> Result<StoreStatistics, StoreError> {

@@ -25,7 +25,7 @@ pub(crate) struct KeyRow {
 }
 
 impl KeyRow {
-    fn read(row: &SqliteRow) -> Result<Self, sqlx::Error> {
+    pub(super) fn read(row: &SqliteRow) -> Result<Self, sqlx::Error> {
         let hash: Vec<u8> = row.try_get("hash")?;
         let hash = hash.try_into().map_err(|_| sqlx::Error::Decode("the hash of a key has the wrong length".into()))?;
         let about = ApiKey {

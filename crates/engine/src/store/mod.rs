@@ -27,7 +27,7 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 
-pub use file::{MigrationState, StoreFile, StoreMigration, StoreStatistics};
+pub use file::{MigrationState, StoreFile, StoreKeys, StoreMigration, StoreStatistics};
 
 pub(crate) use audit::{AuditFilter, AuditRow};
 pub(crate) use events::{StoredEvent, event_id};

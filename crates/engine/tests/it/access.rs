@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stacyvm_api::{ApiKeyRequest, AuditQuery, AuditRecord, CreatedApiKey, ErrorCode, KeyScope};
-use stacyvm_engine::{AuditEntry, AuditKind, Engine, KeyLookup, Keys, RevokedKeys, StoredKey};
+use stacyvm_engine::{AuditEntry, AuditKind, Engine, KeyLookup, Keys, LastAdminKey, RevokedKeys, StoredKey};
 
 use crate::harness::{Host, PATIENCE};
 
@@ -116,8 +116,32 @@ async fn names_scopes_and_spans_are_checked() {
     assert_eq!(made.about.scopes, [KeyScope::Read, KeyScope::Api], "the default");
     let again = refusal(named("a.b_c-d@e")).await;
     assert_eq!((again.code(), again.hint().is_some()), (ErrorCode::Conflict, true));
-    keys.revoke(&made.about.id).await.unwrap();
+    keys.revoke(&made.about.id, LastAdminKey::Kept).await.unwrap();
     make(keys, named("a.b_c-d@e")).await;
+}
+
+#[tokio::test]
+async fn the_last_key_of_an_administrator_is_kept_unless_somebody_insists() {
+    let host = Host::new();
+    let engine = host.engine().await;
+    let keys = engine.keys();
+    let admin = |name: &str, ttl: Option<&str>| ApiKeyRequest {
+        scopes: Some(vec![KeyScope::Admin]),
+        ttl: ttl.map(|ttl| ttl.parse().unwrap()),
+        ..named(name)
+    };
+    let first = make(keys, admin("first", None)).await;
+    let ci = make(keys, named("ci")).await;
+    let refused = keys.revoke(&first.about.id, LastAdminKey::Kept).await.unwrap_err();
+    assert_eq!((refused.code(), refused.to_string().contains("`first` is the last key")), (ErrorCode::Conflict, true));
+    assert!(refused.hint().unwrap().contains("force") && valid(keys, &first.key).is_some());
+    keys.revoke(&ci.about.id, LastAdminKey::Kept).await.expect("it administers nothing");
+
+    let second = make(keys, admin("second", None)).await;
+    keys.revoke(&first.about.id, LastAdminKey::Kept).await.expect("there is another");
+    keys.revoke(&second.about.id, LastAdminKey::Kept).await.unwrap_err();
+    keys.revoke(&second.about.id, LastAdminKey::Revoked).await.unwrap();
+    assert!(!keys.any_usable(Some(KeyScope::Admin)));
 }
 
 #[tokio::test]
@@ -127,11 +151,11 @@ async fn revocation_takes_effect_at_once_and_for_ever() {
     let (gone, stays) = (make(engine.keys(), named("gone")).await, make(engine.keys(), named("stays")).await);
     let held = valid(engine.keys(), &gone.key).unwrap();
     assert_eq!(engine.keys().valid(&gone.about.id).unwrap().name(), "gone");
-    engine.keys().revoke(&gone.about.id).await.unwrap();
+    engine.keys().revoke(&gone.about.id, LastAdminKey::Kept).await.unwrap();
     assert!(valid(engine.keys(), &gone.key).is_none() && engine.keys().valid(&gone.about.id).is_none());
     assert_eq!(engine.keys().valid(&stays.about.id).unwrap().name(), "stays");
     tokio::time::timeout(PATIENCE, held.ended()).await.expect("what is under way is told");
-    assert_eq!(engine.keys().revoke(&gone.about.id).await.unwrap_err().code(), ErrorCode::NotFound);
+    assert_eq!(engine.keys().revoke(&gone.about.id, LastAdminKey::Kept).await.unwrap_err().code(), ErrorCode::NotFound);
     let listed = |revoked| {
         let keys = engine.keys().clone();
         async move { keys.list(revoked).await.unwrap().into_iter().map(|key| key.name).collect::<Vec<_>>() }
@@ -143,7 +167,7 @@ async fn revocation_takes_effect_at_once_and_for_ever() {
 
     let engine = host.engine().await;
     assert!(valid(engine.keys(), &gone.key).is_none() && valid(engine.keys(), &stays.key).is_some());
-    engine.keys().revoke(&stays.about.id).await.unwrap();
+    engine.keys().revoke(&stays.about.id, LastAdminKey::Kept).await.unwrap();
     assert!(engine.keys().ever_made() && !engine.keys().any_usable(None));
 }
 

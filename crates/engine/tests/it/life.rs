@@ -15,14 +15,11 @@ use crate::harness::{Host, caller, create, create_with, eventually, of_owner, ru
 #[tokio::test]
 async fn a_sandbox_lives_from_create_to_destroy() {
     let host = Host::new();
-    let mut options = host.options();
-    options.preview_domain = Some("preview.test".to_owned());
-    let engine = host.engine_with(options).await;
+    let engine = host.engine().await;
     let sandbox = create(&engine).await;
     assert_eq!(sandbox.state, SandboxState::Running);
     assert_eq!((sandbox.provider.as_str(), sandbox.image.as_str()), ("mock", "alpine:latest"));
     assert_eq!((sandbox.memory_mb, sandbox.worker_id.as_deref()), (1024, Some("local")));
-    assert_eq!(sandbox.preview_domain.as_deref(), Some("preview.test"));
     assert_eq!(sandbox.expires_at.since(sandbox.created_at), Duration::from_mins(30));
     assert!(!sandbox.limits.as_ref().unwrap().enforced.is_empty());
     assert_eq!(engine.get(&caller(), &sandbox.id).unwrap(), sandbox);

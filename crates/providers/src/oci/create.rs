@@ -32,7 +32,7 @@ use super::runtime::Runtime;
 use super::spawner::CallError;
 use super::spawner::protocol::{CgroupPlan, Done, HostPlan, Job, LaunchPlan, RootPlan, RuntimePlan};
 use super::state::{self, NetworkRecord, NewRecord, Record};
-use super::{channel, host_image, rootless, strays};
+use super::{channel, rootless, strays};
 
 /// An image, ready to be a root.
 pub(super) struct ResolvedImage {
@@ -399,7 +399,7 @@ pub(super) fn resolve_host(runtime: &Runtime) -> ResolvedImage {
         layers: vec![image.skeleton.clone()],
         host: Some(image.plan.clone()),
         digest: Some(image.digest.clone()),
-        env: [("PATH", host_image::PATH), ("LANG", "C.UTF-8")]
+        env: [("PATH", DEFAULT_PATH), ("LANG", "C.UTF-8")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into(),
         user: None,

@@ -22,10 +22,6 @@ use super::spawner::protocol::HostPlan;
 /// Name by which the image is asked for.
 pub(super) const REFERENCE: &str = "host";
 
-/// First directory is the distribution's own: what people put into
-/// `/usr/local` comes last, unlike on a host.
-pub(super) const PATH: &str = "/usr/bin:/usr/sbin:/bin:/sbin:/usr/local/bin:/usr/local/sbin";
-
 /// Longest single file copied out of `/etc`, and all of them together.
 const MAX_FILE_BYTES: u64 = 8 << 20;
 const MAX_TOTAL_BYTES: u64 = 64 << 20;
@@ -118,7 +114,7 @@ const SHELLS: &str = "/bin/sh\n/bin/bash\n";
 
 /// Short on purpose: a login shell reads it for every command.
 const PROFILE: &str = "\
-export PATH=\"${PATH:-/usr/bin:/usr/sbin:/bin:/sbin:/usr/local/bin}\"
+export PATH=\"${PATH:-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}\"
 if [ \"${PS1-}\" ]; then PS1='\\u@\\h:\\w\\$ '; fi
 ";
 

@@ -147,6 +147,14 @@ impl Previews {
         Some((host, address))
     }
 
+    /// What SDKs write behind `http://<port>-<id>.`, so that it leads here. With
+    /// TLS it is the bare domain: `http://` and the port of `https://` is nothing.
+    pub(crate) fn published_domain(&self) -> Option<String> {
+        let (domain, base) = (self.domain.as_ref()?, self.base?);
+        let is_usual = base.scheme == Scheme::Https || base.port == base.scheme.default_port();
+        Some(if is_usual { domain.name().to_owned() } else { format!("{}:{}", domain.name(), base.port) })
+    }
+
     /// Where browsers find a port, where they can.
     pub(crate) fn url(&self, address: &Address) -> Option<String> {
         let (domain, base) = (self.domain.as_ref()?, self.base?);

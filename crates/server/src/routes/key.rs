@@ -1,8 +1,8 @@
 //! API keys: made, listed, revoked by administrators.
 
 use axum::extract::State;
-use stacyvm_api::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, ErrorCode, KeyScope, StatusBody};
-use stacyvm_engine::RevokedKeys;
+use stacyvm_api::{ApiKey, ApiKeyQuery, ApiKeyRequest, CreatedApiKey, ErrorCode, KeyRevokeQuery, KeyScope, StatusBody};
+use stacyvm_engine::{LastAdminKey, RevokedKeys};
 
 use crate::App;
 use crate::error::ApiError;
@@ -35,9 +35,15 @@ pub(super) async fn list(State(app): State<App>, Query(query): Query<ApiKeyQuery
     Ok(Reply::ok(app.engine.keys().list(revoked).await?))
 }
 
-pub(super) async fn revoke(State(app): State<App>, Name(id): Name) -> Answer<StatusBody> {
+pub(super) async fn revoke(
+    State(app): State<App>,
+    Name(id): Name,
+    Query(query): Query<KeyRevokeQuery>,
+) -> Answer<StatusBody> {
     // What cannot be an id may be a key: it is not repeated.
     let id = id.parse().map_err(|_| ApiError::new(ErrorCode::NotFound, "there is no key of that id"))?;
-    app.engine.keys().revoke(&id).await?;
+    let may_go = query.force || app.auth.has_configured_admin();
+    let last_admin = if may_go { LastAdminKey::Revoked } else { LastAdminKey::Kept };
+    app.engine.keys().revoke(&id, last_admin).await?;
     Ok(Reply::ok(StatusBody::new("revoked")))
 }

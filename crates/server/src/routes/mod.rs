@@ -22,8 +22,8 @@ use axum::middleware::from_fn_with_state;
 use http::StatusCode;
 use stacyvm_api::{
     AdmissionDecision, ApiKey, ApiKeyQuery, ApiKeyRequest, AuditQuery, AuditRecord, ChmodRequest, CreateRequest,
-    CreatedApiKey, Event, ExecRequest, ExecResult, ExtendRequest, FileInfo, Health, HostStats, ListQuery,
-    MakeDirRequest, MoveRequest, OwnerQuota, OwnerQuotaRequest, OwnerUsage, PoolStatus, Port, PortLink,
+    CreatedApiKey, Event, ExecRequest, ExecResult, ExtendRequest, FileInfo, Health, HostStats, KeyRevokeQuery,
+    ListQuery, MakeDirRequest, MoveRequest, OwnerQuota, OwnerQuotaRequest, OwnerUsage, PoolStatus, Port, PortLink,
     PortLinkRequest, PortRequest, ProcessSummary, ProviderDetail, ProviderHealth, PruneResult, QuotaSummary, Readiness,
     ResizeRequest, Sandbox, SandboxStats, SignalRequest, StatusBody, StdinRequest, StreamChunk, Template,
     TemplateSpawnRequest, Version, WatchEvent, WriteRequest,
@@ -393,7 +393,11 @@ fn administration() -> Vec<Route> {
         ),
         delete("/admin/keys/{key_id}", Admin, key::revoke).doc(
             Doc::new("revoke_key", "Revoke an API key")
-                .text("It stops working before the answer, and so does what is under way with it.")
+                .text(
+                    "It stops working before the answer, and so does what is under way with it. The last key with the \
+                     scope `admin:*` is kept (`CONFLICT`), unless a key of the configuration has it or `force` is set.",
+                )
+                .query::<KeyRevokeQuery>()
                 .gives::<StatusBody>("`revoked`"),
         ),
         get("/admin/audit", Admin, audit::list).doc(

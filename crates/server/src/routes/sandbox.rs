@@ -23,6 +23,12 @@ const MAX_PAGE: u32 = 1000;
 
 type Answer<T> = Result<Reply<T>, ApiError>;
 
+/// A sandbox as callers see it: the engine does not know how the server is
+/// reached.
+pub(super) fn shown(app: &App, sandbox: SandboxBody) -> SandboxBody {
+    SandboxBody { preview_domain: app.previews.published_domain(), ..sandbox }
+}
+
 pub(super) async fn create(
     State(app): State<App>,
     From(caller): From,
@@ -30,7 +36,8 @@ pub(super) async fn create(
     Json(request): Json<CreateRequest>,
 ) -> Answer<SandboxBody> {
     let options = CreateOptions { idempotency_key: idempotency_key(&headers)? };
-    Ok(Reply::created(app.engine.create(&caller, request, options).await?))
+    let sandbox = app.engine.create(&caller, request, options).await?;
+    Ok(Reply::created(shown(&app, sandbox)))
 }
 
 pub(super) async fn list(
@@ -42,7 +49,8 @@ pub(super) async fn list(
         return Err(ApiError::bad_request(format!("query: limit must be 1 to {MAX_PAGE}")));
     }
     let page = app.engine.list(&caller, &query).await?;
-    Ok(Reply::ok(page.items).next_cursor(page.next_cursor.as_deref()))
+    let sandboxes = page.items.into_iter().map(|sandbox| shown(&app, sandbox)).collect();
+    Ok(Reply::ok(sandboxes).next_cursor(page.next_cursor.as_deref()))
 }
 
 pub(super) async fn prune(State(app): State<App>, From(caller): From) -> Answer<PruneResult> {
@@ -58,7 +66,7 @@ pub(super) async fn admission(
 }
 
 pub(super) async fn get(State(app): State<App>, From(caller): From, Sandbox(id): Sandbox) -> Answer<SandboxBody> {
-    Ok(Reply::ok(app.engine.get(&caller, &id)?))
+    Ok(Reply::ok(shown(&app, app.engine.get(&caller, &id)?)))
 }
 
 pub(super) async fn destroy(State(app): State<App>, From(caller): From, Name(id): Name) -> Answer<StatusBody> {
@@ -79,7 +87,7 @@ pub(super) async fn extend(
     if request.ttl.is_zero() {
         return Err(ApiError::bad_request("field `ttl`: it must be longer than zero"));
     }
-    Ok(Reply::ok(app.engine.extend(&caller, &id, request.ttl).await?))
+    Ok(Reply::ok(shown(&app, app.engine.extend(&caller, &id, request.ttl).await?)))
 }
 
 pub(super) async fn stats(State(app): State<App>, From(caller): From, Sandbox(id): Sandbox) -> Answer<SandboxStats> {

@@ -9,6 +9,7 @@ use crate::App;
 use crate::error::ApiError;
 use crate::extract::{From, Json, Name, idempotency_key};
 use crate::reply::Reply;
+use crate::routes::sandbox::shown;
 
 type Answer<T> = Result<Reply<T>, ApiError>;
 
@@ -50,5 +51,6 @@ pub(super) async fn spawn(
     Json(request): Json<TemplateSpawnRequest>,
 ) -> Answer<Sandbox> {
     let options = CreateOptions { idempotency_key: idempotency_key(&headers)? };
-    Ok(Reply::created(app.engine.spawn_template(&caller, &name, request, options).await?))
+    let sandbox = app.engine.spawn_template(&caller, &name, request, options).await?;
+    Ok(Reply::created(shown(&app, sandbox)))
 }

@@ -57,9 +57,10 @@ async fn fields_of_the_wrong_type_are_400_and_named() {
     let fixture = Fixture::open().await;
     let id = fixture.sandbox().await;
     let exec = format!("/sandboxes/{id}/exec");
-    let table: [(&str, Value, &str); 17] = [
+    let table: [(&str, Value, &str); 18] = [
         ("/sandboxes", json!({ "image": 7 }), "image"),
         ("/sandboxes", json!({ "memory_mb": "many" }), "memory_mb"),
+        ("/sandboxes", json!({ "memory_mb": 15 }), "16 is the minimum"),
         ("/sandboxes", json!({ "memory_mb": -1 }), "memory_mb"),
         ("/sandboxes", json!({ "memory_mb": 1e30 }), "memory_mb"),
         ("/sandboxes", json!({ "vcpus": [] }), "vcpus"),

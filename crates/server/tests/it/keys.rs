@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use stacyvm_engine::LastAdminKey;
 use stacyvm_server::{Authentication, Secret, Server, ServerError, ServerOptions};
 
 use crate::sockets::Socket;
@@ -96,7 +97,12 @@ async fn the_first_key_closes_an_open_server_and_has_to_be_an_administrators() {
     // Without any key left the server stays closed.
     for about in fixture.get("/admin/keys").await.expect(200).as_array().unwrap() {
         let path = format!("/admin/keys/{}", about["id"].as_str().unwrap());
-        fixture.engine.keys().revoke(&path.rsplit('/').next().unwrap().parse().unwrap()).await.unwrap();
+        fixture
+            .engine
+            .keys()
+            .revoke(&path.rsplit('/').next().unwrap().parse().unwrap(), LastAdminKey::Revoked)
+            .await
+            .unwrap();
     }
     for presented in ["", &key, "anything"] {
         assert_eq!(fixture.api("GET", "/sandboxes").key(presented).send().await.status, 401, "{presented}");
@@ -120,7 +126,12 @@ async fn stored_keys_count_when_the_server_decides_where_it_may_listen() {
     assert!(matches!(bind(of(Authentication::Off)).await, Err(ServerError::KeysWithoutAuthentication)));
 
     let about = fixture.api("GET", "/admin/keys").key(&key).send().await.expect(200);
-    fixture.engine.keys().revoke(&about[0]["id"].as_str().unwrap().parse().unwrap()).await.unwrap();
+    fixture
+        .engine
+        .keys()
+        .revoke(&about[0]["id"].as_str().unwrap().parse().unwrap(), LastAdminKey::Revoked)
+        .await
+        .unwrap();
     assert!(matches!(bind(beyond()).await, Err(ServerError::NoUsableKey)), "nobody could call it");
     let proxies = ServerOptions { trusted_proxies: vec!["proxy".to_owned()], ..of(Authentication::Off) };
     assert!(matches!(bind(proxies).await, Err(ServerError::TrustedProxy(_))));
@@ -179,25 +190,51 @@ async fn what_is_under_way_with_a_revoked_key_ends() {
 async fn a_key_may_revoke_itself_and_hears_so() {
     let fixture = Fixture::with_keys("", "").await;
     let root = create(&fixture, &json!({ "name": "root", "scopes": ["admin:*"] })).await;
-    let path = format!("/admin/keys/{}", root["id"].as_str().unwrap());
+    let path = format!("/admin/keys/{}?force=true", root["id"].as_str().unwrap());
     let answer = fixture.api("DELETE", &path).key(key_of(&root)).send().await;
     assert_eq!(answer.expect(200), json!({ "status": "revoked" }));
+}
+
+#[tokio::test]
+async fn the_last_key_of_an_administrator_goes_only_by_force() {
+    let fixture = Fixture::with_keys("", "").await;
+    let scopes = ["read:*", "api:*", "admin:*"];
+    let root = create(&fixture, &json!({ "name": "root", "scopes": scopes })).await;
+    let fixture = fixture.with_key(key_of(&root));
+    let path = format!("/admin/keys/{}", root["id"].as_str().unwrap());
+    let refused = fixture.delete(&path).await;
+    assert_eq!(refused.failure(), (409, "CONFLICT".to_owned()));
+    assert!(refused.json()["hint"].as_str().unwrap().contains("force=true"), "{}", refused.text());
+    assert_eq!(fixture.delete(&format!("{path}?force=false")).await.status, 409);
+    assert_eq!(fixture.get("/sandboxes").await.status, 200, "it works still");
+    assert_eq!(fixture.delete(&format!("{path}?force=true")).await.expect(200), json!({ "status": "revoked" }));
+    assert_eq!(fixture.get("/sandboxes").await.status, 401);
+
+    // The configuration's key is another way in.
+    let fixture = keyed().await;
+    let other = create(&fixture, &json!({ "name": "other", "scopes": ["admin:*"] })).await;
+    fixture.delete(&format!("/admin/keys/{}", other["id"].as_str().unwrap())).await.expect(200);
 }
 
 #[tokio::test]
 async fn a_bound_key_acts_for_its_owner_only() {
     let fixture = keyed().await;
     let bound = create(&fixture, &json!({ "name": "alice", "owner_id": "alice" })).await;
-    let spawn = |owner: &str| {
-        fixture
-            .api("POST", "/sandboxes")
-            .key(key_of(&bound))
-            .header("X-User-ID", owner)
-            .json(&json!({ "owner_id": "bob" }))
+    let spawn = |header: &str, body: &str| {
+        let request = fixture.api("POST", "/sandboxes").key(key_of(&bound)).header("X-User-ID", header);
+        request.json(&json!({ "owner_id": body }))
     };
-    assert_eq!(spawn("").send().await.expect(201)["owner_id"], "alice");
-    assert_eq!(spawn("alice").send().await.expect(201)["owner_id"], "alice");
-    assert_eq!(spawn("bob").send().await.failure(), (403, "FORBIDDEN".to_owned()));
+    for (header, body) in [("", ""), ("", "alice"), ("alice", ""), ("alice", "alice")] {
+        assert_eq!(spawn(header, body).send().await.expect(201)["owner_id"], "alice", "{header} {body}");
+    }
+    for (header, body) in [("bob", ""), ("", "bob"), ("alice", "bob")] {
+        let refused = spawn(header, body).send().await;
+        assert_eq!(refused.failure(), (403, "FORBIDDEN".to_owned()), "{header} {body}");
+        assert_eq!(refused.json()["message"], "this key acts for alice only");
+    }
+    // A key that is bound to nobody names whom it likes, and the header wins.
+    let free = fixture.api("POST", "/sandboxes").header("X-User-ID", "carol").json(&json!({ "owner_id": "bob" }));
+    assert_eq!(free.send().await.expect(201)["owner_id"], "carol");
     let quota = fixture.api("PUT", "/quotas/alice").key(key_of(&bound)).json(&json!({ "max_sandboxes": 100 }));
     assert_eq!(quota.send().await.failure(), (403, "FORBIDDEN".to_owned()), "it must not lift its own limits");
     let quota = fixture.api("DELETE", "/quotas/alice").key(key_of(&bound));

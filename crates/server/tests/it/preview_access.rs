@@ -216,6 +216,12 @@ async fn the_api_says_where_ports_are_and_who_may_open_them() {
     }
     let other_tenant = preview.fixture.api("POST", &preview.api_path(PORT, "/link")).header("X-Tenant-ID", "other");
     assert_eq!(other_tenant.send().await.failure().0, 404);
+    // What published SDKs make of the record leads to the same place.
+    let record = preview.fixture.get(&format!("/sandboxes/{}", preview.id)).await.expect(200);
+    let domain = record["preview_domain"].as_str().unwrap();
+    assert_eq!(format!("http://{PORT}-{}.{domain}/", preview.id), url(PORT));
+    let listed = preview.fixture.get("/sandboxes").await.expect(200);
+    assert_eq!(listed[0]["preview_domain"], domain);
     let unknown = preview.fixture.post("/sandboxes/sb-00000000000000000000/ports/1/link", &json!({})).await;
     assert_eq!(unknown.failure().0, 404);
 }
@@ -232,6 +238,8 @@ async fn behind_a_proxy_addresses_are_the_proxys() {
     let host = format!("3000-{}.preview.example.com", preview.id);
     let port = preview.fixture.get(&preview.api_path(PORT, "")).await.expect(200);
     assert_eq!(port["url"].as_str(), Some(format!("https://{host}/").as_str()));
+    let record = preview.fixture.get(&format!("/sandboxes/{}", preview.id)).await.expect(200);
+    assert_eq!(record["preview_domain"], "preview.example.com", "SDKs write http:// in front");
     let answer = preview.request("GET", "/").header("Host", &host).send().await;
     assert_eq!((answer.status, field(answer.text(), "x-forwarded-proto")), (200, Some("https")), "{answer:?}");
 }

@@ -38,7 +38,7 @@ use crate::output::{Output, print};
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(after_help = "Examples:
   stacyvm certify oci
-  stacyvm certify oci --image-archive image.tar --format markdown --output certification/oci.md
+  stacyvm certify oci --image-archive image.tar --output certification/oci.md
   stacyvm certify gvisor --slo-spawn-p95 2s --slo-mem-overhead 64 --image python:3.12-alpine
   stacyvm certify docker --stacyvm-url https://vm.example.com --stacyvm-api-key \"$KEY\"
   stacyvm certify verify certification/oci.md")]
@@ -48,7 +48,7 @@ pub(crate) struct CertifyArgs {
     /// oci, docker, gvisor, kata, firecracker, qemu, proot, e2b, custom or all
     #[arg(required = true, value_parser = targets)]
     target: Option<Targets>,
-    /// Form of the report: text, json or markdown
+    /// Form of the report: text, json or markdown; of --output's ending unless given
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
     /// File for the report, and place for what goes beside it
@@ -72,7 +72,7 @@ pub(crate) struct CertifyArgs {
     /// Archive to import that image from, where no registry can be reached
     #[arg(long, value_name = "FILE", conflicts_with = "stacyvm_url")]
     image_archive: Option<PathBuf>,
-    /// Sandboxes to start in order to measure
+    /// Sandboxes to start in order to measure: 1 to 1000
     #[arg(long, value_name = "COUNT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     samples: u32,
     /// Longest time that 95 of 100 sandboxes may take to start
@@ -110,8 +110,7 @@ pub(crate) async fn run(context: &Context, args: CertifyArgs) -> anyhow::Result<
         return verify::run(context, args);
     }
     let Targets(targets) = args.target.clone().context("name a target")?;
-    let json = if context.output.is_json() { Format::Json } else { Format::Text };
-    let format = args.format.unwrap_or(json);
+    let format = args.form(context.output);
     let environment = Environment::of_this_process();
     let mut succeeded = true;
     let mut printed = Vec::new();
@@ -137,6 +136,20 @@ pub(crate) async fn run(context: &Context, args: CertifyArgs) -> anyhow::Result<
         print(&page(&printed, format))?;
     }
     Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl CertifyArgs {
+    /// As asked for, else as the name of the file says, else text.
+    fn form(&self, output: Output) -> Format {
+        let of_file = || match self.output.as_ref()?.extension()?.to_str()? {
+            "md" | "markdown" => Some(Format::Markdown),
+            "json" => Some(Format::Json),
+            "txt" => Some(Format::Text),
+            _ => None,
+        };
+        let otherwise = if output.is_json() { Format::Json } else { Format::Text };
+        self.format.or_else(of_file).unwrap_or(otherwise)
+    }
 }
 
 /// One report as it is, several as a list.

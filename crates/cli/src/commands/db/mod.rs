@@ -16,8 +16,8 @@ use stacyvm_engine::{MigrationState, StoreFile, StoreMigration};
 
 use crate::commands::Context;
 use crate::commands::serve::database;
-use crate::commands::settings::PlaceArgs;
-use crate::config::Environment;
+use crate::commands::settings::{PlaceArgs, announce_data_dir};
+use crate::config::{Config, Environment};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
 pub(crate) use backup::copy;
@@ -62,11 +62,12 @@ enum DbCommand {
 pub(crate) struct Place {
     pub(crate) file: StoreFile,
     owner: Owner,
+    config: Config,
 }
 
 #[derive(Debug)]
 enum Owner {
-    /// The configured server's data directory, which may be made.
+    /// The configured server's data directory.
     Server(PathBuf),
     /// A directory that the file happens to be in; it may be anybody's.
     Whoever(PathBuf),
@@ -74,6 +75,9 @@ enum Owner {
 
 pub(crate) async fn run(context: &Context, args: &DbArgs) -> anyhow::Result<ExitCode> {
     let place = args.store.place()?;
+    if let (Owner::Server(directory), None) = (&place.owner, &args.store.database) {
+        announce_data_dir(context, &place.config, directory);
+    }
     match &args.command {
         DbCommand::Check(args) => return check::run(context, &place, args).await,
         DbCommand::Backup(args) => backup::run(context, &place, args).await,
@@ -92,14 +96,14 @@ impl StoreArgs {
         let configured = PlaceArgs::data_dir(&loaded, &environment)?;
         let usual = database(&loaded.config, &configured);
         let Some(file) = &self.database else {
-            return Ok(Place { file: StoreFile::new(usual), owner: Owner::Server(configured) });
+            return Ok(Place { file: StoreFile::new(usual), owner: Owner::Server(configured), config: loaded.config });
         };
         let file = std::path::absolute(file).with_context(|| format!("cannot use {}", file.display()))?;
         let owner = match file.parent() {
             Some(directory) if file != usual => Owner::Whoever(directory.to_owned()),
             _ => Owner::Server(configured),
         };
-        Ok(Place { file: StoreFile::new(file), owner })
+        Ok(Place { file: StoreFile::new(file), owner, config: loaded.config })
     }
 }
 
@@ -115,6 +119,23 @@ impl Place {
         }
         let message = format!("there is no store at {}", self.path().display());
         Err(Advice::new(message, "name it with --database, or the server's --data-dir or --config").into())
+    }
+
+    /// The directories it needs have to be there: one that is made for a slip of
+    /// the fingers is found by nobody.
+    fn refuse_missing_directory(&self) -> Result<(), Advice> {
+        let of_server = match &self.owner {
+            Owner::Server(directory) => Some(directory.as_path()),
+            Owner::Whoever(_) => None,
+        };
+        match of_server.into_iter().chain(self.path().parent()).find(|directory| !directory.is_dir()) {
+            Some(missing) => {
+                let missing = missing.display();
+                let hint = format!("correct the path, or make it for a new server: mkdir -p -m 700 {missing}");
+                Err(Advice::new(format!("there is no directory {missing}"), hint))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Keeps servers out for as long as it is held. A directory in which no
@@ -135,10 +156,23 @@ impl Place {
 
 /// A copy of the store beside it, such as `stacyvm.db.pre-restore-20261125T101500Z`.
 fn safety_copy_path(store: &Path, before: &str) -> PathBuf {
-    let stamp = stamp(Timestamp::now());
-    let mut name = store.as_os_str().to_owned();
-    name.push(format!(".pre-{before}-{stamp}"));
-    PathBuf::from(name)
+    free_copy_path(store, &format!(".pre-{before}-{}", stamp(Timestamp::now())))
+}
+
+/// Copies of one second; a further one is refused, as the file is there.
+const COPIES_MAX: u32 = 100;
+
+/// Two copies of one second do not have one name.
+fn free_copy_path(store: &Path, suffix: &str) -> PathBuf {
+    let numbered = |number: u32| {
+        let mut name = store.as_os_str().to_owned();
+        name.push(suffix);
+        if number > 1 {
+            name.push(format!("-{number}"));
+        }
+        PathBuf::from(name)
+    };
+    (1..=COPIES_MAX).map(numbered).find(|path| !path.exists()).unwrap_or_else(|| numbered(1))
 }
 
 /// `20261125T101500Z`: sorts, and is fine in file names.
@@ -180,6 +214,13 @@ mod tests {
         assert_eq!(stamp(Timestamp::from_unix_ms(1_764_065_700_250)), "20251125T101500Z");
         let path = safety_copy_path(Path::new("/data/stacyvm.db"), "restore");
         assert!(path.to_str().unwrap().starts_with("/data/stacyvm.db.pre-restore-2"), "{path:?}");
+        let dir = tempfile::tempdir().unwrap();
+        let store = dir.path().join("db");
+        let next = || free_copy_path(&store, ".pre-x").file_name().unwrap().to_owned();
+        for expected in ["db.pre-x", "db.pre-x-2", "db.pre-x-3"] {
+            assert_eq!(next(), expected);
+            std::fs::write(dir.path().join(expected), "").unwrap();
+        }
     }
 
     #[test]

@@ -16,7 +16,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
-use stacyvm_engine::StoreFile;
+use stacyvm_api::ApiKey;
+use stacyvm_engine::{StoreFile, StoreKeys};
 
 use super::{Place, backup, refuse_damaged, refuse_foreign, safety_copy_path};
 use crate::commands::Context;
@@ -29,7 +30,8 @@ const COMPANIONS: [&str; 2] = ["-wal", "-shm"];
 /// Replace the store by a backup
 ///
 /// No server may use the store. The backup is checked first, and the store as
-/// it is now is kept beside it. Sandboxes that still run and are not in the
+/// it is now is kept beside it. A backup from before the first API key would open
+/// the server to everybody, and needs --without-keys. Sandboxes that still run and are not in the
 /// backup are taken up or destroyed by the next start, as after a crash.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -41,6 +43,9 @@ pub(super) struct RestoreArgs {
     /// Yes, replace the store
     #[arg(long)]
     yes: bool,
+    /// Also by one from before the first API key, with which the server is open
+    #[arg(long)]
+    without_keys: bool,
 }
 
 pub(super) async fn run(context: &Context, place: &Place, args: &RestoreArgs) -> anyhow::Result<()> {
@@ -52,6 +57,15 @@ pub(super) async fn run(context: &Context, place: &Place, args: &RestoreArgs) ->
     }
     refuse_damaged(&from).await?;
     refuse_foreign(&from.migrations().await?, &args.path)?;
+    place.refuse_missing_directory()?;
+    let keys = from.keys().await?;
+    let lost = lost_keys(&place.file, &keys).await;
+    if lost.all && !args.without_keys {
+        let message = format!("{} is from before the first API key: the server would open again", args.path.display());
+        let hint = "take a newer backup, or pass --without-keys and make a key before the next start \
+                    (stacyvm key create admin --scope admin --data-dir DIR)";
+        return Err(Advice::new(message, hint).into());
+    }
     if !args.yes {
         let message = format!("this would replace {} by {}", store.display(), args.path.display());
         return Err(Advice::new(message, "pass --yes if that is what you want; the store is copied first").into());
@@ -63,7 +77,16 @@ pub(super) async fn run(context: &Context, place: &Place, args: &RestoreArgs) ->
     refuse_damaged(&StoreFile::new(fresh.path())).await?;
     remove_companions(store)?;
     fresh.finish()?;
-    let page = json!({ "database": store, "restored_from": args.path, "safety_copy": kept });
+    let page = json!({
+        "database": store,
+        "restored_from": args.path,
+        "safety_copy": kept,
+        "keys_valid_again": lost.revoked_since,
+    });
+    if !lost.revoked_since.is_empty() {
+        let names = lost.revoked_since.join(", ");
+        context.output.note(&format!("warning: keys that were revoked since are valid again: {names}"));
+    }
     context.output.show(&page, |_| {
         let mut text = format!("restored {} from {}\n", store.display(), args.path.display());
         if let Some(kept) = &kept {
@@ -71,6 +94,26 @@ pub(super) async fn run(context: &Context, place: &Place, args: &RestoreArgs) ->
         }
         text
     })
+}
+
+/// What the store knows of keys and the backup does not.
+#[derive(Debug, Default)]
+struct LostKeys {
+    /// There were keys, and the backup is from before the first one.
+    all: bool,
+    /// Names of keys that the backup has in force and the store has not.
+    revoked_since: Vec<String>,
+}
+
+/// A store that cannot be read has nothing to say.
+async fn lost_keys(store: &StoreFile, backup: &StoreKeys) -> LostKeys {
+    if !store.path().is_file() {
+        return LostKeys::default();
+    }
+    let Ok(now) = store.keys().await else { return LostKeys::default() };
+    let is_revoked = |key: &&ApiKey| !now.in_force.iter().any(|other| other.id == key.id);
+    let revoked = backup.in_force.iter().filter(is_revoked);
+    LostKeys { all: now.ever_made && !backup.ever_made, revoked_since: revoked.map(|key| key.name.clone()).collect() }
 }
 
 /// Keeps the store as it is, whole or damaged.

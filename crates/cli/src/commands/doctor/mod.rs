@@ -31,13 +31,16 @@ const LINT_SHOWN: [&str; 5] =
 /// Show what this host can run, what is missing, and how to get it
 ///
 /// Looks at the configuration, the data directory, the port and every runtime,
-/// strongest isolation first. Changes nothing and needs no server. With
-/// --production, what is a risk to others is a failure.
+/// strongest isolation first. Changes nothing and needs no server. What is wrong
+/// comes first; what is fine, and what runtimes lack that nobody uses here, is
+/// shown with --verbose and in JSON. With --production, what is a risk to others
+/// is a failure.
 ///
 /// Exit status: 0 when nothing failed, 1 otherwise.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   stacyvm doctor
+  stacyvm doctor --verbose
   stacyvm doctor --production --config /etc/stacyvm/stacyvm.yaml
   stacyvm doctor --json | jq '.runtimes[] | select(.usable) | .name'")]
 pub(crate) struct DoctorArgs {
@@ -46,6 +49,9 @@ pub(crate) struct DoctorArgs {
     /// Judge for a server that other people depend on
     #[arg(long)]
     production: bool,
+    /// Show every check, and every runtime
+    #[arg(long, short = 'v')]
+    verbose: bool,
 }
 
 /// All that was found.
@@ -53,6 +59,9 @@ pub(crate) struct DoctorArgs {
 pub(crate) struct Diagnosis {
     pub(crate) status: Status,
     pub(crate) checks: Checks,
+    /// Those that are not about runtimes nobody uses here.
+    #[serde(skip)]
+    concerns: Checks,
     runtimes: Vec<Found>,
     /// The strongest isolation that works here.
     pub(crate) suggestion: Option<Suggestion>,
@@ -71,7 +80,9 @@ pub(crate) async fn run(context: &Context, args: &DoctorArgs) -> anyhow::Result<
     let loaded = args.place.load(&environment);
     let strictness = Strictness::new(args.production);
     let diagnosis = diagnose(context, &loaded, &environment, strictness).await?;
-    context.output.show(&diagnosis, |diagnosis| diagnosis.page(context.output))?;
+    context.output.show(&diagnosis, |diagnosis| {
+        if args.verbose { diagnosis.full_page(context.output) } else { diagnosis.page(context.output) }
+    })?;
     Ok(diagnosis.checks.exit_code())
 }
 
@@ -96,15 +107,25 @@ pub(crate) async fn diagnose(
         }
     }
     let runtimes = look_at_runtimes(&host, loaded.as_ref().ok()).await;
+    // On a machine of one's own, where only it can call, keys are no concern.
+    let is_advice = |check: &Check| {
+        strictness == Strictness::Development && check.status == Status::Warn && check.name.starts_with("auth.")
+    };
+    let mut concerns: Checks = checks.0.iter().filter(|check| !is_advice(check)).cloned().collect();
     for runtime in &runtimes {
         checks.extend(runtime.checks.iter().cloned());
+        if runtime.enabled && runtime.in_this_version {
+            concerns.extend(runtime.checks.iter().cloned());
+        }
     }
     let suggestion = suggest(&runtimes);
     if suggestion.is_none() {
-        let fix = "follow the fixes of one runtime above; oci needs the least";
-        checks.push(Check::fail("runtimes", "no runtime of this version can be used here", fix));
+        let fix = "follow the fixes of one runtime (stacyvm doctor --verbose); oci needs the least";
+        let none = Check::fail("runtimes", "no runtime of this version can be used here", fix);
+        checks.push(none.clone());
+        concerns.push(none);
     }
-    Ok(Diagnosis { status: checks.status(), checks, runtimes, suggestion })
+    Ok(Diagnosis { status: checks.status(), checks, concerns, runtimes, suggestion })
 }
 
 /// What one runtime needs of this host, judged as if a server was to use it,
@@ -159,10 +180,29 @@ fn machine() -> Check {
 }
 
 impl Diagnosis {
+    /// What somebody has to do, and what can be had.
     fn page(&self, output: Output) -> String {
+        let troubles: Vec<&Check> = self.concerns.troubles().collect();
+        let mut page: String = troubles.iter().map(|check| check.text(output)).collect();
+        if troubles.is_empty() {
+            page.push_str("Nothing is wrong with this host and its configuration.\n");
+        }
+        self.offer(output, |runtime| runtime.in_this_version, &mut page);
+        let _ = writeln!(page, "\n{}; --verbose shows every check", self.concerns.summary());
+        page
+    }
+
+    /// Everything that was looked at.
+    fn full_page(&self, output: Output) -> String {
         let mut page = self.checks.text(output);
+        self.offer(output, |_| true, &mut page);
+        page
+    }
+
+    /// The runtimes there are, and the best of them.
+    fn offer(&self, output: Output, shown: impl Fn(&Found) -> bool, page: &mut String) {
         page.push_str("\nRuntimes, strongest isolation first:\n\n");
-        let rows = self.runtimes.iter().map(|runtime| {
+        let rows = self.runtimes.iter().filter(|runtime| shown(runtime)).map(|runtime| {
             let (tone, word) = if runtime.usable { (Tone::Good, "yes") } else { (Tone::Faint, "no") };
             let why = match (&runtime.missing, runtime.enabled) {
                 (Some(why), _) => why.clone(),
@@ -176,7 +216,6 @@ impl Diagnosis {
             Some(suggestion) => page.push_str(&suggestion.page()),
             None => page.push_str("\nNothing to suggest: no runtime of this version can be used here.\n"),
         }
-        page
     }
 }
 

@@ -29,7 +29,6 @@ pub(super) fn engine(
 ) -> EngineOptions {
     let defaults = &config.defaults;
     EngineOptions {
-        preview_domain: non_blank(&config.server.preview_domain),
         defaults: SandboxDefaults {
             image: defaults.image.clone(),
             memory_mb: defaults.memory_mb,

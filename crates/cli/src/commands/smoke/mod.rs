@@ -16,7 +16,7 @@ use stacyvm_api::{CreateRequest, Duration, ListQuery, ProviderHealth, SandboxId,
 use stacyvm_client::{Client, ClientOptions, SandboxClient};
 
 use crate::check::{Check, Checks, Status};
-use crate::commands::{Context, stop_when_told};
+use crate::commands::{Context, given, stop_when_told};
 use crate::output::{print, took};
 
 /// Marks the sandbox of one run, so that it is found again when its creation
@@ -39,8 +39,8 @@ const SANDBOX_TTL: Duration = Duration::from_secs(10 * 60);
   stacyvm smoke --url https://vm.example.com --api-key \"$KEY\" --image alpine:latest
   stacyvm smoke --json | jq -r .status")]
 pub(crate) struct SmokeArgs {
-    /// Server to try, instead of --server
-    #[arg(long, env = "STACYVM_SMOKE_URL", hide_env_values = true, value_name = "URL")]
+    /// Server to try, instead of --server [env: STACYVM_SMOKE_URL]
+    #[arg(long, value_name = "URL")]
     url: Option<String>,
     /// Image to make the sandbox from; the server's default unless given
     #[arg(long)]
@@ -54,10 +54,8 @@ pub(crate) struct SmokeArgs {
 }
 
 pub(crate) async fn run(context: &Context, args: &SmokeArgs) -> anyhow::Result<ExitCode> {
-    let client = match &args.url {
-        Some(url) => {
-            Client::new(&ClientOptions { api_key: context.api_key.clone(), ..ClientOptions::new(url.clone()) })?
-        }
+    let client = match given(args.url.clone(), "STACYVM_SMOKE_URL") {
+        Some(url) => Client::new(&ClientOptions { api_key: context.api_key.clone(), ..ClientOptions::new(url) })?,
         None => context.client()?,
     };
     let mut run = Run { context, client, args, checks: Checks::default(), mark: SandboxId::random().to_string() };

@@ -16,7 +16,11 @@ impl Linter<'_> {
     fn host(&mut self) {
         const KEY: &str = "server.host";
         let host = self.settings.text(KEY).to_owned();
-        let has_key = ["auth.api_key", "auth.admin_api_key"].iter().any(|key| self.settings.secret(key).is_some());
+        // Stored keys are no part of the configuration; with this a server that
+        // has none does not start.
+        let demanded = self.settings.parsed("auth.enabled") == Some(true);
+        let configured = ["auth.api_key", "auth.admin_api_key"].iter().any(|key| self.settings.secret(key).is_some());
+        let has_key = configured || demanded;
         if is_loopback(&host) {
             self.pass(KEY, format!("{host} is reached from this machine only"));
         } else if has_key {

@@ -38,7 +38,7 @@ async fn status_streams_and_signals_pass_through() {
         assert_eq!(refused.status(), Some(125), "{refused}");
         assert!(refused.stderr().starts_with("error: ") && refused.stdout().is_empty(), "{refused}");
     }
-    fixture.server.run(&["exec", &fixture.id]).await.failed(1).says("stacyvm shell");
+    fixture.server.run(&["exec", &fixture.id]).await.failed(2).says("stacyvm shell").says(" -- ls -l");
     fixture.finish().await;
 }
 

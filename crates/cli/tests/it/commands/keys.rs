@@ -36,6 +36,7 @@ async fn keys_are_made_without_a_server_used_on_one_and_revoked() {
     let made = site.run(&[&["key", "create", "root", "--data-dir", data_dir][..], &scopes].concat()).await.ok();
     assert!(made.stderr().contains("it is shown only now"), "{made}");
     let root = key_of(&made);
+    assert!(made.stderr().contains("export STACYVM_API_KEY=") && !made.stderr().contains(&root), "{made}");
 
     let server = Server::start(&site, &[]).await;
     site.run(&["key", "list", "--data-dir", data_dir]).await.failed(1).says(&format!("process {}", server.pid()));
@@ -45,6 +46,9 @@ async fn keys_are_made_without_a_server_used_on_one_and_revoked() {
     for admin_only in [&["key", "list"][..], &["audit"], &["key", "create", "more", "--scope", "admin"]] {
         assert_eq!(server.run_as(&ci, admin_only).await.says("admin:*").status(), Some(1));
     }
+    // A key of alice makes nothing for bob, and does not pretend to.
+    let other = server.run_as(&ci, &["spawn", "--owner", "bob"]).await.failed(1).says("this key acts for alice only");
+    assert_eq!(other.stdout(), "");
     let listed = server.run_as(&root, &["key", "list"]).await.ok();
     assert!(listed.stdout().contains("alice") && listed.stdout().contains(&ci[..12]), "{listed}");
     let keys: Vec<ApiKey> = server.run_as(&root, &["key", "ls", "--json"]).await.json();
@@ -54,12 +58,15 @@ async fn keys_are_made_without_a_server_used_on_one_and_revoked() {
     assert_eq!(server.run_as(&root, &["key", "revoke", "ci"]).await.ok().stdout(), "revoked ci\n");
     server.run_as(&ci, &["list"]).await.failed(1).says("the API key is not valid here");
     server.run_as(&root, &["key", "revoke", &ci]).await.failed(1).says("stacyvm key list");
+    server.run_as(&root, &["key", "revoke", "root"]).await.failed(1).says("last key").says("--force");
+    server.run_as(&root, &["list"]).await.ok();
     let gone: Vec<ApiKey> = server.run_as(&root, &["key", "list", "--revoked", "--json"]).await.json();
     assert!(gone[0].name == "ci" && gone[0].revoked_at.is_some(), "{gone:?}");
 
     let refused: Vec<AuditRecord> = server.run_as(&root, &["audit", "--status", "403", "--json"]).await.json();
     let seen: Vec<String> = refused.iter().map(|it| format!("{} {} {}", it.actor, it.method, it.path)).collect();
-    let expected = ["POST /api/v1/admin/keys", "GET /api/v1/admin/audit", "GET /api/v1/admin/keys"];
+    let expected =
+        ["POST /api/v1/sandboxes", "POST /api/v1/admin/keys", "GET /api/v1/admin/audit", "GET /api/v1/admin/keys"];
     assert_eq!(seen, expected.map(|call| format!("key:ci {call}")));
     assert!(refused.iter().all(|it| it.remote_addr == "127.0.0.1" && it.key_id == Some(keys[0].id.clone())));
     let table = server.run_as(&root, &["audit", "--actor", "key:root", "--method", "DELETE"]).await.ok();
@@ -86,7 +93,8 @@ async fn a_server_that_had_keys_does_not_open_again() {
     let data_dir = site.data_dir();
     let data_dir = data_dir.to_str().expect("a path");
     site.run(&["key", "create", "root", "--scope", "admin", "--data-dir", data_dir]).await.ok();
-    let revoked: Value = site.run(&["key", "revoke", "root", "--json", "--data-dir", data_dir]).await.json();
+    site.run(&["key", "revoke", "root", "--data-dir", data_dir]).await.failed(1).says("last key").says("--force");
+    let revoked: Value = site.run(&["key", "revoke", "root", "--force", "--json", "--data-dir", data_dir]).await.json();
     assert!(revoked["revoked"].as_str().is_some_and(|id| id.starts_with("key-")), "{revoked}");
     let refused = site.run(&["serve", "--port", "0"]).await.says("no key is valid").says("stacyvm key create");
     assert_eq!(refused.status(), Some(1), "{refused}");

@@ -1,6 +1,7 @@
 //! Every command of the command line, against a real server.
 
 mod copies;
+mod errors;
 mod execution;
 mod images;
 mod keys;

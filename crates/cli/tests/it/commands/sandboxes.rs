@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use stacyvm_api::{Disk, Event, EventKind, Limit, ProviderDetail, ProviderHealth, Sandbox, SandboxState, Template};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 
@@ -15,14 +15,15 @@ async fn a_sandbox_is_made_shown_extended_and_destroyed() {
     let job = format!("job={}", std::process::id());
     let options = ["--memory", "100", "--vcpus", "0.5", "--pids-limit", "50", "--ttl", "5m", "--owner", "alice"];
     let made = server.run(&[&["spawn", "--metadata", &job][..], &options].concat()).await.ok();
-    let id = made.stdout().split_whitespace().next().expect("an id").to_owned();
-    assert!(id.starts_with("sb-") && id.len() == 23, "{made}");
+    let id = made.stdout().strip_suffix('\n').expect("a line").to_owned();
+    assert!(id.starts_with("sb-") && id.len() == 23, "the id and nothing beside it: {made}");
     assert!(
-        made.stdout().contains("alpine:latest on oci, ready in ") && made.stdout().contains("expires in"),
+        made.stderr().contains("alpine:latest on oci, ready in ") && made.stderr().contains("expires in 5m"),
         "{made}"
     );
     let second: Sandbox = server.run(&["spawn", "--json", "--metadata", &job, "--memory", "64"]).await.json();
     let third = server.run(&["spawn", "-q", "--metadata", &job, "--memory", "64", "--image", "host"]).await.ok();
+    assert_eq!(third.stderr(), "");
     let third = third.stdout().trim().to_owned();
 
     let listed = server.run(&["list", "--metadata", &job]).await.ok();
@@ -43,7 +44,7 @@ async fn a_sandbox_is_made_shown_extended_and_destroyed() {
     }
     let before: Sandbox = server.run(&["get", "--json", &id]).await.json();
     assert_eq!((before.memory_mb, before.vcpus, before.state), (100, 0.5, SandboxState::Running));
-    server.run(&["extend", &id, "2h"]).await.ok().says("expires in 1h");
+    server.run(&["extend", &id, "2h"]).await.ok().says("expires in 2h");
     let after: Sandbox = server.run(&["extend", "--json", &id, "3h"]).await.json();
     assert!(after.expires_at > before.expires_at);
     server.run(&["extend", &id, "48h"]).await.says("maximum");
@@ -64,7 +65,31 @@ async fn a_sandbox_is_made_shown_extended_and_destroyed() {
     gone.says(&format!("sandbox {id} does not exist"));
     let pruned: Value = server.run(&["kill", "--expired", "--json"]).await.json();
     assert!(pruned["pruned"].is_u64());
-    assert_eq!(server.run(&["kill"]).await.status(), Some(2), "nothing to kill is a slip");
+    assert_eq!(server.run(&["kill", "--all", "--expired"]).await.status(), Some(2), "one of them");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_there_cannot_be_killed_unless_that_is_fine() {
+    let fixture = Fixture::start().await;
+    let (server, id, gone) = (&fixture.server, fixture.id.as_str(), "sb-00000000000000000000");
+    let refused = server.run(&["kill", gone]).await.failed(1).says(&format!("no such sandbox: {gone}"));
+    assert_eq!(refused.stdout(), "");
+    refused.says("--ignore-missing");
+    assert_eq!(server.run(&["kill", "--ignore-missing", gone]).await.ok().stdout(), format!("{gone}\n"));
+    // The others go all the same.
+    let mixed = server.run(&["kill", gone, id]).await.failed(1).says("not every sandbox was destroyed");
+    assert_eq!(mixed.stdout(), format!("{id}\n"));
+    assert!(mixed.stderr().contains(&format!("error: {gone}: no such sandbox\n")), "{mixed}");
+    let again = server.run(&["kill", "--json", id]).await;
+    let told: Value = serde_json::from_str(again.stdout()).expect("JSON");
+    assert_eq!((again.status(), &told["destroyed"], &told["failed"][0]["id"]), (Some(1), &json!([]), &id.into()));
+    // At the end of a pipe that brought nothing.
+    let nothing = server.run(&["kill"]).await.ok();
+    assert!(nothing.stdout().is_empty() && nothing.stderr().contains("nothing to destroy"), "{nothing}");
+    let piped = format!("'{0}' list -q --metadata no=such | xargs '{0}' kill", env!("CARGO_BIN_EXE_stacyvm"));
+    let mut shell = server.site.command("bash");
+    shell.args(["-c", &piped]).env("STACYVM_URL", &server.url);
+    run(shell.into(), b"").await.ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -134,7 +159,7 @@ async fn templates_keep_every_field_and_apply_it() {
     assert_eq!(fields, (Some(80), Some(0.5), Some("for tests"), Some(&setup[..])));
     let fields = (kept.pids_limit, kept.user.as_deref(), kept.disk, kept.allow_unenforced);
     assert_eq!(fields, (Some(77), Some("1000"), Some(Disk::Memory), Some(true)));
-    server.run(&["template", "list"]).await.ok().says("e2e-data").says("80 MiB");
+    server.run(&["template", "list"]).await.ok().says("e2e-data").says("80 MiB").says(" 7m ");
     let again = serde_json::to_string(&kept).expect("JSON");
     let copied = ["template", "save", "e2e-copy", "--file", "-"];
     server.run_with_input(&copied, again.as_bytes()).await.ok().says("saved e2e-copy, version 1");
@@ -152,6 +177,12 @@ async fn templates_keep_every_field_and_apply_it() {
         assert_eq!(limits.disk_backend.as_deref(), Some("memory"));
         server.run(&["kill", id]).await.ok();
     }
+    let quiet = server.run(&["template", "spawn", "e2e-copy", "--quiet"]).await.ok();
+    assert!(quiet.stdout().starts_with("sb-") && quiet.stderr().is_empty(), "{quiet}");
+    server.run(&["kill", quiet.stdout().trim()]).await.ok();
+    let loud = server.run(&["template", "spawn", "e2e-copy"]).await.ok();
+    assert!(loud.stdout().trim().len() == 23 && loud.stderr().contains("expires in 7m"), "{loud}");
+    server.run(&["kill", loud.stdout().trim()]).await.ok();
     let ran = server.run(&["run", "--template", "e2e-data", "--shell", "--", "echo $GREETING"]).await.ok();
     assert_eq!(ran.stdout(), "hello\n");
     for name in ["e2e-data", "e2e-copy"] {
@@ -182,7 +213,8 @@ async fn the_server_and_this_program_are_described() {
     server.run(&["providers", "oci"]).await.ok().says("the default").says("  ok   ");
     let one: ProviderDetail = server.run(&["providers", "oci", "--json"]).await.json();
     assert!(!one.health.findings.is_empty());
-    assert_eq!(server.run(&["providers", "docker"]).await.says("`docker` does not exist").status(), Some(1));
+    server.run(&["providers", "docker"]).await.failed(1).says("not enabled").says("providers.docker.enabled: true");
+    server.run(&["providers", "dokcer"]).await.failed(1).says("`dokcer` does not exist");
 
     let checked = server.run(&["conformance", "--url", &server.url, "--only", "C0", "--json"]).await.ok();
     let report: Value = serde_json::from_str(checked.stdout()).expect("JSON");

@@ -15,7 +15,8 @@ async fn a_shell_has_the_size_the_keys_and_the_signals_of_the_terminal() {
     let fixture = Fixture::start().await;
     let mut terminal = on_terminal(&fixture.server, &["shell", &fixture.id, "-e", "GREETING=hi", "-w", "/tmp"]);
     // What is typed is shown once more, so that the answers must differ from it.
-    terminal.press("echo size $(stty size); echo $GREETING-$((40 + 2)); pwd; tty\r");
+    terminal.press("echo kind $TERM; echo size $(stty size); echo $GREETING-$((40 + 2)); pwd; tty\r");
+    terminal.shows("kind xterm\r\n").await;
     terminal.shows("size 30 90\r\n").await;
     terminal.shows("hi-42\r\n/tmp\r\n/dev/pts/").await;
     assert!(terminal.is_raw(), "keys would be shown twice");
@@ -71,9 +72,12 @@ async fn a_terminal_comes_back_whatever_ends_the_session() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_terminal_none_is_pretended() {
     let fixture = Fixture::start().await;
-    fixture.server.run(&["shell", &fixture.id]).await.failed(1).says("not a terminal");
+    let refused = fixture.server.run(&["shell", &fixture.id]).await.failed(1).says("not a terminal");
+    assert!(!refused.stderr().contains("--tty"), "there is no such option: {refused}");
+    refused.says(&format!("stacyvm exec {} -- COMMAND", fixture.id));
     fixture.server.run(&["exec", &fixture.id, "-t", "--", "true"]).await.failed(1).says("leave out --tty");
-    fixture.server.run(&["shell", "--json", &fixture.id]).await.failed(1).says("stacyvm exec --json");
+    let refused = fixture.server.run(&["shell", "--json", &fixture.id]).await.says("stacyvm exec --json");
+    assert_eq!(refused.status(), Some(1), "{refused}");
     // People see colours, and programs do not.
     let mut terminal = on_terminal(&fixture.server, &["inspect", &fixture.id]);
     assert!(terminal.ends().await.success());
