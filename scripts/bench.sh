@@ -3,8 +3,8 @@
 #
 #   scripts/bench.sh PROGRAM [options of stacyvm-bench]
 #
-# Installs crun and runc when apt has them and they are missing; docker is
-# measured when its daemon is installed. Needs root.
+# Installs the runtimes it measures beside; docker is measured when its daemon
+# is installed. Needs root.
 set -eu
 
 root="$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)"
@@ -21,7 +21,7 @@ if [ "$(id -u)" != 0 ]; then
 fi
 scripts/setup.sh bench
 # Not needed: what is not there is printed as not available.
-for runtime in crun runc; do
+for runtime in crun runc proot; do
     if ! command -v "$runtime" >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1; then
         echo "bench: installing $runtime"
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$runtime" </dev/null ||

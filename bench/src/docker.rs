@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::baseline::succeed;
 use crate::dockerd::Dockerd;
-use crate::server::{IMAGE, ServeOptions, Server, Setup};
+use crate::server::{IMAGE, Runtime, ServeOptions, Server, Setup};
 use crate::statistics::Spread;
 
 const WARM_UPS: usize = 2;
@@ -30,7 +30,7 @@ pub(crate) struct Docker {
 pub(crate) async fn measure(setup: &Setup) -> anyhow::Result<Docker> {
     let (archive, directory) = (setup.archive.clone(), setup.directory.path().join("dockerd"));
     let daemon = Arc::new(tokio::task::spawn_blocking(move || Dockerd::start(&archive, &directory)).await??);
-    let options = ServeOptions { docker: Some(daemon.socket().to_owned()), ..ServeOptions::default() };
+    let options = ServeOptions { runtime: Runtime::Docker(daemon.socket().to_owned()), ..ServeOptions::default() };
     let server = Server::start(setup, "docker", options).await?;
     let (mut create, mut bare) = (Vec::new(), Vec::new());
     // In turns: what else this machine does strikes both alike.

@@ -2,7 +2,8 @@
 //! image, the same command, and the ratio printed.
 //!
 //! ```text
-//! main ─► server (a real `stacyvm serve`) ─► latency · burst · idle · transfer · preview · docker
+//! main ─► server (a real `stacyvm serve`) ─► latency · burst · idle · transfer · preview
+//!    │                                             docker · proot
 //!    └──► baseline (crun, runc, docker: the same command, the same image)
 //! ```
 //!
@@ -16,6 +17,7 @@ mod dockerd;
 mod idle;
 mod latency;
 mod preview;
+mod proot;
 mod report;
 mod server;
 mod statistics;
@@ -73,6 +75,8 @@ enum Part {
     Preview,
     /// Sandboxes on a docker daemon; beside bare containers and `docker exec`
     Docker,
+    /// Sandboxes under PRoot; beside PRoot by itself
+    Proot,
 }
 
 #[derive(Debug, Subcommand)]
@@ -119,6 +123,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     if wanted(Part::Docker) {
         report.docker(docker::measure(&setup).await.map_err(|error| format!("{error:#}")));
+    }
+    if wanted(Part::Proot) {
+        report.proot(proot::measure(&setup).await.map_err(|error| format!("{error:#}")));
     }
     if let Some(path) = arguments.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";

@@ -60,8 +60,17 @@ fn make_image(directory: &Path) -> anyhow::Result<PathBuf> {
 pub(crate) struct ServeOptions {
     /// Pairs of namespaces kept ready; the server's own default otherwise.
     pub(crate) namespace_pool: Option<usize>,
-    /// Sandboxes are containers of the daemon behind this socket.
-    pub(crate) docker: Option<PathBuf>,
+    pub(crate) runtime: Runtime,
+}
+
+/// Where sandboxes are made.
+#[derive(Debug, Clone, Default)]
+pub(crate) enum Runtime {
+    #[default]
+    Oci,
+    /// Containers of the daemon behind this socket.
+    Docker(PathBuf),
+    Proot,
 }
 
 /// A running server.
@@ -97,9 +106,15 @@ impl Server {
             serve.env("STACYVM_PROVIDERS_OCI_PREPARED_BRIDGE", pool.to_string());
             serve.env("STACYVM_PROVIDERS_OCI_PREPARED", "0");
         }
-        if let Some(socket) = options.docker {
-            serve.env("STACYVM_PROVIDERS_DEFAULT", "docker").env("STACYVM_PROVIDERS_DOCKER_SOCKET", socket);
-            serve.env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
+        match options.runtime {
+            Runtime::Oci => {}
+            Runtime::Docker(socket) => {
+                serve.env("STACYVM_PROVIDERS_DEFAULT", "docker").env("STACYVM_PROVIDERS_DOCKER_SOCKET", socket);
+                serve.env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
+            }
+            Runtime::Proot => {
+                serve.env("STACYVM_PROVIDERS_DEFAULT", "proot").env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
+            }
         }
         let process = serve.stdout(File::create(&log)?).stderr(File::options().append(true).open(&log)?).spawn()?;
         let client = Client::new(&ClientOptions::new(format!("http://127.0.0.1:{port}")))?;
@@ -163,9 +178,13 @@ impl Server {
     }
 
     pub(crate) async fn create(&self) -> anyhow::Result<SandboxId> {
+        self.create_with_memory(128).await
+    }
+
+    pub(crate) async fn create_with_memory(&self, mebibytes: u64) -> anyhow::Result<SandboxId> {
         let request = CreateRequest {
             image: Some(IMAGE.to_owned()),
-            memory_mb: Some(128),
+            memory_mb: Some(mebibytes),
             pids_limit: Some(64),
             allow_unenforced: Some(true),
             ..CreateRequest::default()

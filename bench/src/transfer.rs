@@ -1,11 +1,16 @@
-//! A large file through the API, up and down.
+//! A large file through the API, up and down, beside the disk that it lies on.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::path::Path;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::ensure;
+use rustix::fs::Advice;
 use stacyvm_client::UploadOptions;
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::Instant;
@@ -16,10 +21,26 @@ use crate::server::{ServeOptions, Server, Setup};
 const PATH: &str = "/workspace/large";
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(50);
 
-pub(crate) struct Transfer {
-    pub(crate) bytes: u64,
+/// Memory of a sandbox beside what the file takes in the page cache.
+const SPARE_MIB: u64 = 512;
+
+/// Memory of a sandbox that holds only part of the file, so that the disk
+/// takes part.
+const SMALL_MIB: u64 = 512;
+
+const BUFFER_BYTES: usize = 1 << 20;
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rates {
     pub(crate) up: Duration,
     pub(crate) down: Duration,
+}
+
+pub(crate) struct Transfer {
+    pub(crate) bytes: u64,
+    pub(crate) cached: Rates,
+    pub(crate) small: Rates,
+    pub(crate) disk: Rates,
     /// Resident memory of the server before, and at its highest since.
     pub(crate) server_before_kib: u64,
     pub(crate) server_peak_kib: u64,
@@ -27,19 +48,30 @@ pub(crate) struct Transfer {
 
 pub(crate) async fn measure(setup: &Setup, bytes: u64) -> anyhow::Result<Transfer> {
     let server = Server::start(setup, "transfer", ServeOptions::default()).await?;
-    let id = server.create().await?;
-    server.exec_true(&id).await?;
-    let sandbox = server.client.sandbox(id.clone());
-    let server_before_kib = resident_kib(server.pid())?;
     let pid = server.pid();
+    let server_before_kib = resident_kib(pid)?;
+    let peak = Arc::new(AtomicU64::new(server_before_kib));
+    let highest = Arc::clone(&peak);
     let watch = tokio::spawn(async move {
-        let mut peak = 0;
         loop {
-            peak = peak.max(resident_kib(pid).unwrap_or(0));
-            PEAK_KIB.store(peak, std::sync::atomic::Ordering::Relaxed);
+            highest.fetch_max(resident_kib(pid).unwrap_or(0), Ordering::Relaxed);
             tokio::time::sleep(SAMPLE_INTERVAL).await;
         }
     });
+    let cached = through(&server, bytes, (bytes >> 20) + SPARE_MIB).await?;
+    let small = through(&server, bytes, SMALL_MIB).await?;
+    watch.abort();
+    let beside = server.data_dir.join("beside");
+    let disk = tokio::task::spawn_blocking(move || disk(&beside, bytes)).await??;
+    server.stop().await?;
+    let server_peak_kib = peak.load(Ordering::Relaxed);
+    Ok(Transfer { bytes, cached, small, disk, server_before_kib, server_peak_kib })
+}
+
+async fn through(server: &Server, bytes: u64, memory_mib: u64) -> anyhow::Result<Rates> {
+    let id = server.create_with_memory(memory_mib).await?;
+    server.exec_true(&id).await?;
+    let sandbox = server.client.sandbox(id.clone());
     let options = UploadOptions { mode: None, size_bytes: Some(bytes) };
     let start = Instant::now();
     sandbox.upload(PATH, Pattern { left: bytes }, &options).await?;
@@ -51,15 +83,32 @@ pub(crate) async fn measure(setup: &Setup, bytes: u64) -> anyhow::Result<Transfe
         received += chunk.len() as u64;
     }
     let down = start.elapsed();
-    watch.abort();
     ensure!(received == bytes, "{received} of {bytes} bytes came back");
-    let server_peak_kib = PEAK_KIB.load(std::sync::atomic::Ordering::Relaxed).max(resident_kib(pid)?);
     server.destroy(&id).await?;
-    server.stop().await?;
-    Ok(Transfer { bytes, up, down, server_before_kib, server_peak_kib })
+    Ok(Rates { up, down })
 }
 
-static PEAK_KIB: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+/// The file system itself: until all is on the disk, and from there again.
+fn disk(path: &Path, bytes: u64) -> anyhow::Result<Rates> {
+    let mut buffer = vec![b'x'; BUFFER_BYTES];
+    let start = std::time::Instant::now();
+    let mut file = File::create(path)?;
+    let mut left = bytes;
+    while left > 0 {
+        let count = left.min(BUFFER_BYTES as u64);
+        file.write_all(&buffer[..count as usize])?;
+        left -= count;
+    }
+    file.sync_all()?;
+    let up = start.elapsed();
+    let mut file = File::open(path)?;
+    rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+    let start = std::time::Instant::now();
+    while file.read(&mut buffer)? > 0 {}
+    let down = start.elapsed();
+    std::fs::remove_file(path)?;
+    Ok(Rates { up, down })
+}
 
 /// Bytes that cost nothing to make.
 struct Pattern {

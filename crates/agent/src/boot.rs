@@ -23,12 +23,22 @@ use crate::{Sandbox, lifecycle, serve};
 const BLOCKING_THREADS: usize = 4;
 const FOREVER: Duration = Duration::from_hours(100 * 365 * 24);
 
-/// Before anything secret is in memory: no core dump, no `ptrace`, no reading of
-/// `/proc/PID` by the same user.
-pub(crate) fn harden() {
+/// Who may look into this process's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Memory {
+    OwnOnly,
+    /// Also whoever traces it already; nobody else can attach then.
+    OfTracer,
+}
+
+/// Before anything secret is in memory: unless a tracer needs it, no core dump,
+/// no `ptrace` and no reading of `/proc/PID` by the same user.
+pub(crate) fn harden(memory: Memory) {
     // SAFETY: prctl and mallopt take plain numbers here; umask cannot fail.
     unsafe {
-        libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+        if memory == Memory::OwnOnly {
+            libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+        }
         // One heap for all threads, given back early: the agent sits idle in
         // every sandbox.
         #[cfg(target_env = "gnu")]
@@ -61,8 +71,9 @@ pub(crate) fn run(config: BootConfig, listener: StdUnixListener, peers: Peers) -
         .build()?;
     runtime.block_on(async {
         let sandbox = Arc::new(Sandbox::new(config, open_files));
-        // The first thread exists before anything can use up the limit.
-        tokio::task::spawn_blocking(|| ()).await.map_err(io::Error::other)?;
+        // The first thread exists before anything can use up the limit; nobody
+        // waits until it runs.
+        drop(tokio::task::spawn_blocking(|| ()));
         let listener = UnixListener::from_std(listener)?;
         tokio::select! {
             result = serve::accept(listener, peers, Arc::clone(&sandbox)) => result,

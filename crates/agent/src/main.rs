@@ -32,18 +32,21 @@ mod web;
 
 use std::process::ExitCode;
 
+use crate::boot::Memory;
 use crate::failure::Failure;
 use crate::sandbox::Sandbox;
 
-const USAGE: &str = "usage: stacyvm-agent serve | init SOCKET | connect SOCKET | version";
+const USAGE: &str = "usage: stacyvm-agent serve [--traced] | init SOCKET | connect SOCKET | version";
 
 fn main() -> ExitCode {
-    boot::harden();
     let arguments: Vec<String> =
         std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    // A tracer that is no more than its user (PRoot) must read this program's
+    // memory to do its work; everybody else must not.
+    boot::harden(if arguments == ["serve", "--traced"] { Memory::OfTracer } else { Memory::OwnOnly });
     let result = match arguments.as_slice() {
-        ["serve"] => boot::serve(),
+        ["serve"] | ["serve", "--traced"] => boot::serve(),
         ["init", socket] => init::init(socket),
         ["connect", socket] => bridge::connect(socket),
         ["version"] => {

@@ -27,6 +27,9 @@ fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|name| name == agent::SPAWNER_COMMAND) {
         agent::spawner();
     }
+    if std::env::args_os().nth(1).is_some_and(|name| name == agent::LAUNCHER_COMMAND) {
+        agent::launcher();
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return commands::usage::report(error),

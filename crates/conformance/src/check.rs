@@ -61,6 +61,10 @@ pub enum Ability {
     Failures,
     /// Limits of a sandbox that are known to hold.
     Limits,
+    /// Names and modes that only the kernel has a say in.
+    ExactFiles,
+    /// Processes and a host name of one's own.
+    OwnProcesses,
 }
 
 impl fmt::Display for Ability {
@@ -81,6 +85,8 @@ impl fmt::Display for Ability {
             Self::Users => "commands as another user",
             Self::Failures => "failures that tell what was wrong",
             Self::Limits => "limits that are known to hold",
+            Self::ExactFiles => "names and modes exactly as the kernel keeps them",
+            Self::OwnProcesses => "processes that nobody else sees",
         })
     }
 }

@@ -119,6 +119,8 @@ fn capabilities(provider: &dyn Provider) -> Vec<String> {
         ("oom_ends_sandbox", offered.oom_ends_sandbox),
         // Programs are not run: tests leave out what needs real ones.
         ("imitated", offered.imitated),
+        ("shares_host", offered.shares_host),
+        ("rewrites_paths", offered.rewrites_paths),
     ];
     let extra = optional.into_iter().filter(|(_, offered)| *offered).map(|(name, _)| name);
     let family = std::iter::once(offered.family).filter(|family| !family.is_empty());

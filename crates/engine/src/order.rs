@@ -155,7 +155,7 @@ impl Shared {
             .or_else(|| blank_is_none(request.network_mode.as_deref()).map(NetworkMode::parse))
             .or_else(|| template.and_then(template_network_mode))
             .or_else(|| self.options.defaults.network.clone())
-            .unwrap_or_else(|| if provider.capabilities().network { NetworkMode::Bridge } else { NetworkMode::None });
+            .unwrap_or_else(|| network_of_provider(provider));
         let mut allow = Vec::new();
         let of_template = template.and_then(|template| template.network.as_ref());
         for network in of_template.into_iter().chain(request.network.as_ref()) {
@@ -227,6 +227,16 @@ fn requested_limits(request: &CreateRequest, template: Option<&Template>) -> BTr
     .into_iter()
     .filter_map(|(limit, asked)| asked.then_some(limit))
     .collect()
+}
+
+/// What sandboxes reach where nobody says: as much as the runtime offers.
+fn network_of_provider(provider: &dyn Provider) -> NetworkMode {
+    let offered = provider.capabilities();
+    match (offered.shares_host, offered.network) {
+        (true, _) => NetworkMode::Named("host".to_owned()),
+        (false, true) => NetworkMode::Bridge,
+        (false, false) => NetworkMode::None,
+    }
 }
 
 fn template_network_mode(template: &Template) -> Option<NetworkMode> {

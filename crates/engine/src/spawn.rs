@@ -1,9 +1,10 @@
 //! Making a sandbox, in a task of its own: what was begun is cleaned up
 //! however the caller or the provider ends.
 //!
-//! The record is in the store before the provider is asked for anything (the
-//! one commit that a request waits for), so that after a crash at any point
-//! there is a row that recovery can settle.
+//! Nobody learns of a sandbox before its record is committed (the one commit
+//! that a request waits for). A provider that keeps records of its own works
+//! meanwhile: after a crash in between, recovery removes what has no row. Any
+//! other is asked only once the row is there, which recovery can settle.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ use crate::record::{NewRecord, Record, WORKER_ID};
 use crate::shared::{Operation, Shared, failure_data, within};
 use crate::store::{Idempotency, SandboxRow};
 use crate::token::agent_token;
-use crate::{Caller, CreateOptions, EngineError};
+use crate::{Caller, CreateOptions, EngineError, UnknownSandboxes};
 
 /// A failed create answers once its remains are freed, or after this long.
 const CLEAN_UP_PATIENCE: Duration = Duration::from_secs(1);
@@ -139,13 +140,20 @@ impl Shared {
         let unfinished = Unfinished { shared: Arc::clone(self), record: Some(Arc::clone(&record)) };
         self.store.writer().save_sandbox(record.to_row(self.now()));
         let started = Instant::now();
+        let recorded = async { Ok(self.store.writer().recorded().await?) };
         let made = async {
-            self.store.writer().recorded().await?;
             tokio::select! {
                 biased;
                 () = record.abort_create.cancelled() => Err(EngineError::SandboxNotFound(id.clone())),
                 made = self.make_with_provider(&record, order) => made,
             }
+        };
+        let made = async {
+            if self.is_safe_without_row(order) {
+                return tokio::try_join!(recorded, made).map(drop);
+            }
+            recorded.await?;
+            made.await
         };
         match made.await {
             Ok(()) => {
@@ -174,6 +182,13 @@ impl Shared {
                 Err((Some(id), error))
             }
         }
+    }
+
+    /// Whether recovery would remove this sandbox if a crash came before its
+    /// row: nobody has heard of it then.
+    fn is_safe_without_row(&self, order: &Order) -> bool {
+        let removed = self.options.unknown_sandboxes == UnknownSandboxes::Remove;
+        removed && order.provider.capabilities().keeps_records
     }
 
     fn new_record(

@@ -4,5 +4,7 @@ pub mod custom;
 pub mod docker;
 pub mod mock;
 pub mod oci;
+pub mod proot;
 
+mod host;
 mod process;

@@ -112,12 +112,22 @@ pub struct Capabilities {
     pub stats: bool,
     /// Sandboxes outlive the server process.
     pub survives_restart: bool,
+    /// Every sandbox it has ever begun to make is listed or swept, also after a
+    /// crash in the middle: nothing is lost without a record of the engine's.
+    pub keeps_records: bool,
     /// An outgoing network.
     pub network: bool,
     pub pause: bool,
     /// A command that uses up the memory takes its whole sandbox with it: the
     /// kernel of the guest is itself a process that the limit counts.
     pub oom_ends_sandbox: bool,
+    /// Sandboxes see the host's processes and host name, and the one network
+    /// there is, `host`, is the host's own.
+    pub shares_host: bool,
+    /// Paths in system calls are rewritten on their way to the kernel, for a
+    /// root that is pretended: names have at most 254 bytes, and a file's owner
+    /// always has the right to read and write it.
+    pub rewrites_paths: bool,
     /// Commands and images are imitated, not run. Only the fake in `mock` says
     /// so: the contract suite then leaves out what needs real programs, and
     /// keeps to `echo`, `printf`, `cat`, `sleep`, `pwd`, `exit`, `true`,

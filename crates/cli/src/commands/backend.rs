@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use stacyvm_backend::{Backend, BackendError, BackendOptions};
+use stacyvm_providers::proot::Permission;
 use stacyvm_sandbox::Provider;
 
 use crate::commands::Context;
@@ -76,7 +77,8 @@ pub(crate) async fn run(context: &Context, args: BackendArgs) -> anyhow::Result<
     let _lock = DataDirLock::take(&dir)?;
     let secret = data_dir::server_secret(&dir)?;
     let mut signals = Signals::listen()?;
-    let provider = open(args.provider.as_deref(), &config, &dir, &environment).await?;
+    let shared_network = if key.is_some() { Permission::given() } else { Permission::default() };
+    let provider = open(args.provider.as_deref(), &config, &dir, &environment, &shared_network).await?;
     let options = BackendOptions { key, secret, lifetime: config.defaults.ttl.get() };
     let served = serve(context, args.listen, Arc::clone(&provider), options, &mut signals).await;
     provider.shutdown().await;
@@ -114,11 +116,12 @@ async fn open(
     config: &Config,
     dir: &Path,
     environment: &Environment,
+    shared_network: &Permission,
 ) -> anyhow::Result<Arc<dyn Provider>> {
     if let Some(name) = wanted {
-        return open_one(name, config, dir, environment).await;
+        return open_one(name, config, dir, environment, shared_network).await;
     }
-    let Chosen { all, default, .. } = open_providers(config, dir, environment).await?;
+    let Chosen { all, default, .. } = open_providers(config, dir, environment, shared_network.clone()).await?;
     let (mut served, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|provider| provider.name() == default);
     for other in others {
         other.shutdown().await;

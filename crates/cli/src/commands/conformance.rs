@@ -12,6 +12,8 @@ use stacyvm_conformance::{
     Check, CheckReport, Format, Observer, ProviderTarget, RunOptions, ServerTarget, Status, Target,
 };
 
+use stacyvm_providers::proot::Permission;
+
 use crate::commands::Context;
 use crate::commands::serve::open_one;
 use crate::commands::settings::announce_data_dir;
@@ -120,7 +122,7 @@ impl Subject {
         announce_data_dir(context, &config, &dir);
         data_dir::create(&dir)?;
         let lock = DataDirLock::take(&dir)?;
-        let provider = open_one(name, &config, &dir, &environment).await?;
+        let provider = open_one(name, &config, &dir, &environment, &Permission::given()).await?;
         Ok(Self { target: Arc::new(ProviderTarget::new(provider.clone())), provider: Some((provider, lock)) })
     }
 

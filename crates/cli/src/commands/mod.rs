@@ -27,6 +27,7 @@ mod ports;
 mod preview;
 mod providers;
 mod ps;
+mod rootfs;
 mod run;
 mod serve;
 mod settings;
@@ -118,6 +119,7 @@ enum Command {
     Key(key::KeyArgs),
     Audit(audit::AuditArgs),
     Image(image::ImageArgs),
+    Rootfs(rootfs::RootfsArgs),
     Providers(providers::ProvidersArgs),
     Backend(backend::BackendArgs),
     Smoke(smoke::SmokeArgs),
@@ -179,7 +181,8 @@ impl Cli {
             | Command::Backend(_)
             | Command::Certify(_)
             | Command::Conformance(_)
-            | Command::Image(_) => Builder::new_multi_thread(),
+            | Command::Image(_)
+            | Command::Rootfs(_) => Builder::new_multi_thread(),
             _ => Builder::new_current_thread(),
         };
         builder.enable_all().build()
@@ -205,6 +208,7 @@ impl Cli {
             Command::Backend(args) => backend::run(&context, args).await,
             Command::Image(args) => image::run(&context, args).await,
             Command::Init(args) => init::run(&context, &args).await,
+            Command::Rootfs(args) => rootfs::run(&context, args).await,
             Command::Spawn(args) => spawn::run(&context, *args).await,
             Command::Cp(args) => cp::run(&context, args).await,
             Command::List(args) => list::run(&context, args).await,

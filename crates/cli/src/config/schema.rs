@@ -259,6 +259,29 @@ config! {
         timeout: Duration = "60s",
     }
 
+    proot: UnderProot in "providers.proot." {
+        /// Sandboxes under PRoot, for hosts with no root, no KVM and no Docker; see docs/proot.md.
+        enabled: bool = "false",
+        /// Directory that is image `rootfs`; `stacyvm rootfs build` makes one. Other images come from the image store.
+        rootfs_path: PathBuf = "/var/lib/stacyvm/rootfs",
+        /// PRoot: a name to look for in `PATH`, or a path.
+        proot_binary: PathBuf = "proot",
+        /// Directory of sandboxes' files. Without it: below the data directory. As root, on a host without namespaces,
+        /// everybody has to be able to pass through all directories above it.
+        workspace_base: Option<PathBuf> = "",
+        /// Sandboxes at once; 0 is unlimited.
+        max_sandboxes: usize = "10",
+        /// Largest memory limit that may be asked for, in MiB; larger defaults become it. 0 is unlimited.
+        max_memory_mb: u64 = "512",
+        /// The same for files, the image's included.
+        max_disk_mb: u64 = "1024",
+        /// Interpreters that should be in image `rootfs`: health says which are.
+        languages: Vec<String> = "python3,node,bash",
+        /// Whether sandboxes get processes, mounts and a network of their own where the kernel lets us. Without them they
+        /// share the host's, and need a server with a key.
+        namespaces: bool = "true",
+    }
+
     mock: Mock in "providers.mock." {
         /// A fake for tests of clients. It imitates commands and isolates nothing.
         enabled: bool = "false",

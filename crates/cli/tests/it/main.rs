@@ -16,6 +16,7 @@ mod operator_packaging;
 mod operator_smoke;
 mod operator_support;
 mod operator_upgrade;
+mod proot;
 mod restart;
 mod runtimes;
 mod serve;

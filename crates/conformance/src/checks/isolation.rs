@@ -20,7 +20,7 @@ pub(super) fn checks() -> Vec<Check> {
         check!(
             "S70",
             "two sandboxes see neither each other's files nor processes",
-            [Programs, LiveOutput],
+            [Programs, LiveOutput, OwnProcesses],
             two_sandboxes
         ),
         check!("S71", "files of one sandbox are not in another", [], two_file_systems),

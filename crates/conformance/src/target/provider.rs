@@ -39,7 +39,12 @@ impl ProviderTarget {
 
     fn spec(&self, id: &SandboxId, order: &Order, agent_token: String) -> SandboxSpec {
         let requested = [order.memory_mib.map(|_| Limit::Memory), order.pids_limit.map(|_| Limit::Pids)];
-        let mode = if self.provider.capabilities().network { NetworkMode::Bridge } else { NetworkMode::None };
+        let can = self.provider.capabilities();
+        let mode = match (can.shares_host, can.network) {
+            (true, _) => NetworkMode::Named("host".to_owned()),
+            (false, true) => NetworkMode::Bridge,
+            (false, false) => NetworkMode::None,
+        };
         SandboxSpec {
             image: order.image.clone(),
             memory_mib: order.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
@@ -86,6 +91,8 @@ impl Target for ProviderTarget {
             Ability::Users => !short.one_user,
             Ability::Failures => !short.plain_failures,
             Ability::Limits => !short.loose_limits,
+            Ability::ExactFiles => !can.rewrites_paths,
+            Ability::OwnProcesses => !can.shares_host,
         };
         (!has).then(|| format!("the `{}` runtime says that it lacks {ability}", self.provider.name()))
     }

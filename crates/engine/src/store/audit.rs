@@ -1,10 +1,11 @@
 //! The audit log.
 
+use serde_json::json;
 use sqlx::sqlite::{Sqlite, SqliteConnection, SqliteRow};
 use sqlx::{QueryBuilder, Row as _};
 use stacyvm_api::{AuditRecord, Timestamp};
 
-use super::rows::{number, optional_parsed, signed, time};
+use super::rows::{insert_all, number, optional_parsed, signed, time};
 use super::{Doing as _, Store, StoreError};
 use crate::audit::{AuditEntry, AuditKind};
 
@@ -84,27 +85,32 @@ fn read(row: &SqliteRow) -> Result<AuditRecord, sqlx::Error> {
     })
 }
 
-pub(super) async fn insert(connection: &mut SqliteConnection, row: &AuditRow) -> Result<(), sqlx::Error> {
-    let entry = &row.entry;
-    sqlx::query(
-        "INSERT INTO audit_log (at, kind, actor, key_id, owner_id, tenant_id, method, path, status, duration_ms,
-             request_id, remote_addr, user_agent)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
-    )
-    .bind(row.at.unix_ms())
-    .bind(entry.kind.word())
-    .bind(&entry.actor)
-    .bind(entry.key.as_ref().map(AsRef::as_ref))
-    .bind(entry.owner.as_ref().map(AsRef::as_ref))
-    .bind(&entry.tenant)
-    .bind(&entry.method)
-    .bind(&entry.path)
-    .bind(entry.status)
-    .bind(i64::try_from(entry.duration.as_millis()).unwrap_or(i64::MAX))
-    .bind(&entry.request_id)
-    .bind(&entry.remote_addr)
-    .bind(&entry.user_agent)
-    .execute(connection)
-    .await?;
-    Ok(())
+const INSERT_CALLS: &str = "INSERT INTO audit_log (at, kind, actor, key_id, owner_id, tenant_id, method, path, status,
+         duration_ms, request_id, remote_addr, user_agent)
+     SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7, value->>8,
+         value->>9, value->>10, value->>11, value->>12
+     FROM json_each(?1)";
+
+pub(super) async fn insert_calls<'a>(
+    connection: &mut SqliteConnection,
+    calls: impl IntoIterator<Item = &'a AuditRow>,
+) -> Result<(), sqlx::Error> {
+    let rows = calls.into_iter().map(|AuditRow { at, entry }| {
+        json!([
+            at.unix_ms(),
+            entry.kind.word(),
+            entry.actor,
+            entry.key,
+            entry.owner,
+            entry.tenant,
+            entry.method,
+            entry.path,
+            entry.status,
+            i64::try_from(entry.duration.as_millis()).unwrap_or(i64::MAX),
+            entry.request_id,
+            entry.remote_addr,
+            entry.user_agent,
+        ])
+    });
+    insert_all(connection, INSERT_CALLS, rows).await
 }

@@ -1,10 +1,11 @@
 //! Events, by their number.
 
+use serde_json::json;
 use sqlx::Row as _;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use stacyvm_api::Event;
 
-use super::rows::{json, json_of, number, signed, time, word, word_of};
+use super::rows::{insert_all, json as read_json, json_of, number, signed, time, word};
 use super::{Doing as _, Store, StoreError};
 
 /// An event with what decides who may see it.
@@ -24,7 +25,7 @@ impl StoredEvent {
             kind: word(row, "kind")?,
             sandbox_id: sandbox_id.and_then(|id| id.parse().ok()),
             timestamp: time(row, "at")?,
-            data: json(row, "data")?,
+            data: read_json(row, "data")?,
         };
         Ok(Self { number, tenant: row.try_get("tenant_id")?, event })
     }
@@ -56,18 +57,16 @@ impl Store {
     }
 }
 
-pub(super) async fn insert(connection: &mut SqliteConnection, stored: &StoredEvent) -> Result<(), sqlx::Error> {
-    let event = &stored.event;
-    sqlx::query(
-        "INSERT OR IGNORE INTO events (id, kind, sandbox_id, tenant_id, at, data) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-    )
-    .bind(signed(stored.number))
-    .bind(word_of(&event.kind))
-    .bind(event.sandbox_id.as_ref().map(AsRef::as_ref))
-    .bind(&stored.tenant)
-    .bind(event.timestamp.unix_ms())
-    .bind(event.data.as_ref().map(json_of))
-    .execute(connection)
-    .await?;
-    Ok(())
+const INSERT_EVENTS: &str = "INSERT OR IGNORE INTO events (id, kind, sandbox_id, tenant_id, at, data)
+     SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5 FROM json_each(?1)";
+
+pub(super) async fn insert_events<'a>(
+    connection: &mut SqliteConnection,
+    events: impl IntoIterator<Item = &'a StoredEvent>,
+) -> Result<(), sqlx::Error> {
+    let rows = events.into_iter().map(|StoredEvent { number, tenant, event }| {
+        let data = event.data.as_ref().map(json_of);
+        json!([signed(*number), event.kind, event.sandbox_id, tenant, event.timestamp.unix_ms(), data])
+    });
+    insert_all(connection, INSERT_EVENTS, rows).await
 }

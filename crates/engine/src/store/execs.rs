@@ -1,9 +1,10 @@
 //! The exec log and the operation log.
 
+use serde_json::json;
 use sqlx::sqlite::SqliteConnection;
 use stacyvm_api::{ExecId, SandboxId, Timestamp};
 
-use super::rows::{ExecRow, OperationRow, micros, word_of};
+use super::rows::{ExecRow, OperationRow, insert_all, micros, word_of};
 use super::{Doing as _, Store, StoreError};
 
 impl Store {
@@ -90,23 +91,30 @@ pub(super) async fn upsert(connection: &mut SqliteConnection, row: &ExecRow) -> 
     Ok(())
 }
 
-pub(super) async fn insert_operation(connection: &mut SqliteConnection, row: &OperationRow) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "INSERT INTO operation_log (at, actor, tenant_id, action, sandbox_id, provider, resource, success, detail,
-             duration_us)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
-    )
-    .bind(row.at.unix_ms())
-    .bind(&row.actor)
-    .bind(&row.tenant)
-    .bind(row.action)
-    .bind(row.sandbox_id.as_ref().map(AsRef::as_ref))
-    .bind(&row.provider)
-    .bind(&row.resource)
-    .bind(row.success)
-    .bind(&row.detail)
-    .bind(micros(row.duration))
-    .execute(connection)
-    .await?;
-    Ok(())
+const INSERT_OPERATIONS: &str =
+    "INSERT INTO operation_log (at, actor, tenant_id, action, sandbox_id, provider, resource,
+         success, detail, duration_us)
+     SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7, value->>8,
+         value->>9
+     FROM json_each(?1)";
+
+pub(super) async fn insert_operations<'a>(
+    connection: &mut SqliteConnection,
+    rows: impl IntoIterator<Item = &'a OperationRow>,
+) -> Result<(), sqlx::Error> {
+    let rows = rows.into_iter().map(|row| {
+        json!([
+            row.at.unix_ms(),
+            row.actor,
+            row.tenant,
+            row.action,
+            row.sandbox_id,
+            row.provider,
+            row.resource,
+            row.success,
+            row.detail,
+            micros(row.duration),
+        ])
+    });
+    insert_all(connection, INSERT_OPERATIONS, rows).await
 }

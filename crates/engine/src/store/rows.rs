@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use sqlx::Row as _;
-use sqlx::sqlite::SqliteRow;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use stacyvm_api::{ExecId, ProcessStatus, ProcessSummary, Sandbox, SandboxId, SandboxState, Timestamp};
 
 /// A sandbox with what only the engine knows of it.
@@ -189,4 +190,20 @@ pub(super) fn signed(value: u64) -> i64 {
 
 pub(super) fn micros(span: Duration) -> i64 {
     i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// Inserts all rows by one statement that takes them as a JSON array of arrays:
+/// each call of a statement is two changes of thread, and takes longer than the
+/// insert itself.
+pub(super) async fn insert_all(
+    connection: &mut SqliteConnection,
+    statement: &'static str,
+    rows: impl Iterator<Item = Value>,
+) -> Result<(), sqlx::Error> {
+    let rows: Vec<Value> = rows.collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(statement).bind(Value::Array(rows).to_string()).execute(connection).await?;
+    Ok(())
 }

@@ -299,15 +299,9 @@ async fn write(connection: &mut SqliteConnection, batch: &Pending) -> Result<(),
     for row in batch.execs.values() {
         execs::upsert(&mut transaction, row).await?;
     }
-    for row in &batch.operations {
-        execs::insert_operation(&mut transaction, row).await?;
-    }
-    for event in &batch.events {
-        events::insert(&mut transaction, event).await?;
-    }
-    for call in &batch.calls {
-        audit::insert(&mut transaction, call).await?;
-    }
+    execs::insert_operations(&mut transaction, &batch.operations).await?;
+    events::insert_events(&mut transaction, batch.events.iter().map(Arc::as_ref)).await?;
+    audit::insert_calls(&mut transaction, &batch.calls).await?;
     for (id, at) in &batch.key_uses {
         keys::save_use(&mut transaction, id, *at).await?;
     }

@@ -294,11 +294,14 @@ impl Provider for CustomProvider {
             dial: agent || offered.has(Feature::Dial),
             stats: offered.has(Feature::Stats),
             survives_restart: true,
+            keeps_records: false,
             network: offered.said.network,
             pause: false,
             imitated: offered.said.imitated,
             oom_ends_sandbox: offered.said.oom_ends_sandbox,
             family: "remote_http",
+            shares_host: false,
+            rewrites_paths: false,
         }
     }
 

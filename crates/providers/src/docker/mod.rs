@@ -63,7 +63,7 @@ use place::Program;
 use runtime::Promise;
 use server::{Found, Server};
 
-use crate::oci::Instance;
+use crate::host::claims::Instance;
 
 /// Stable name of this provider.
 const NAME: &str = "docker";
@@ -123,6 +123,7 @@ impl Provider for DockerProvider {
             dial: true,
             stats: true,
             survives_restart: true,
+            keeps_records: true,
             network: self.server.options.network != Network::None,
             pause: true,
             oom_ends_sandbox: self.server.daemon.known_promise(&self.server.options.runtime) == Promise::Gvisor,

@@ -8,6 +8,7 @@
 //! The part that makes things runs in a task of its own, because a future that
 //! is dropped half-way cannot clean up after itself.
 
+use crate::host::is_ordinary_user;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
@@ -21,7 +22,6 @@ use stacyvm_image::Image;
 use stacyvm_sandbox::{Created, ProgressSink, ProviderError, SandboxSpec};
 use tokio::sync::oneshot;
 
-use super::cgroup::Limits;
 use super::disk::{DiskChoice, DiskRecord};
 use super::error::OciError;
 use super::external::{Binary, Hierarchies};
@@ -30,9 +30,12 @@ use super::pairs::Pair;
 use super::registry::Live;
 use super::runtime::Runtime;
 use super::spawner::CallError;
-use super::spawner::protocol::{CgroupPlan, Done, HostPlan, Job, LaunchPlan, RootPlan, RuntimePlan};
+use super::spawner::protocol::{Done, HostPlan, Job, LaunchPlan, RootPlan, RuntimePlan};
 use super::state::{self, NetworkRecord, NewRecord, Record};
-use super::{channel, rootless, strays};
+use super::strays;
+use crate::host::cgroup::CgroupPlan;
+use crate::host::cgroup::Limits;
+use crate::host::channel;
 
 /// An image, ready to be a root.
 pub(super) struct ResolvedImage {
@@ -107,7 +110,7 @@ fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<Option<Vec<Dest
     match &spec.network.mode {
         NetworkMode::None if allow.is_empty() => Ok(None),
         NetworkMode::None => invalid("`network.allow` needs the network `bridge`".into()),
-        NetworkMode::Bridge if rootless::applies() => invalid(
+        NetworkMode::Bridge if is_ordinary_user() => invalid(
             "the network `bridge` needs a server that runs as root; this one has `none`, over which commands, files \
              and ports work too"
                 .into(),

@@ -11,7 +11,7 @@ use super::error::OciError;
 use super::registry::Live;
 use super::runtime::Runtime;
 use super::state::{self, OnDisk, Record};
-use super::{cgroup, process, trash};
+use crate::host::{cgroup, process, trash};
 
 /// How long a killed init may take to go: the kernel first ends everything in
 /// its pid namespace and gives back its memory.

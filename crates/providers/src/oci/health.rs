@@ -1,13 +1,15 @@
 //! Whether this host can run sandboxes, and what to do where it cannot.
 
+use crate::host::is_ordinary_user;
 use stacyvm_sandbox::HealthReport;
 
 use super::error::{KERNEL_FILES_FIX, OciError};
+use super::network;
 use super::rootless::{self, Authority, Obstacle};
 use super::runtime::Runtime;
 use super::spawner::CallError;
 use super::spawner::protocol::{Done, FailureKind, Job};
-use super::{cgroup, ids, network};
+use crate::host::{cgroup, ids};
 
 /// First kernel whose overlayfs takes layers with shifted owners.
 const NEEDED_KERNEL: (u32, u32) = (5, 19);
@@ -19,7 +21,7 @@ pub(super) async fn check(runtime: &Runtime) -> HealthReport {
     overlay(&mut report);
     launcher(runtime, &mut report).await;
     namespaces(runtime, &mut report).await;
-    if rootless::applies() {
+    if is_ordinary_user() {
         users(runtime, &mut report).await;
     }
     control_groups(runtime, &mut report);
@@ -55,7 +57,7 @@ fn kernel(report: &mut HealthReport) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    let (needed, lacks) = if rootless::applies() {
+    let (needed, lacks) = if is_ordinary_user() {
         (rootless::NEEDED_KERNEL, "does not let ordinary users mount image layers")
     } else {
         (NEEDED_KERNEL, "cannot shift the owners of image layers")
@@ -150,13 +152,13 @@ fn control_groups(runtime: &Runtime, report: &mut HealthReport) {
     if missing.is_empty() {
         return report.ok(NAME, "memory, cpu and process limits are enforced");
     }
-    let fix = if rootless::applies() { cgroup::DELEGATION_FIX } else { cgroup::CONTROLLER_FIX };
+    let fix = if is_ordinary_user() { cgroup::DELEGATION_FIX } else { cgroup::CONTROLLER_FIX };
     report.warn(NAME, format!("limits that cannot be enforced: {}", missing.join(", ")), fix);
 }
 
 fn network(runtime: &Runtime, report: &mut HealthReport) {
     const NAME: &str = "oci.network";
-    if rootless::applies() {
+    if is_ordinary_user() {
         report.ok(NAME, "sandboxes have no network (`bridge`): only root can connect them");
     } else if runtime.connected.is_none() && network::nft().is_none() {
         report.warn(

@@ -10,13 +10,13 @@
 //! writable directory, `/usr/src` by an empty one, unless the configuration
 //! includes them.
 
+use crate::host::is_ordinary_user;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::rootless;
 use super::spawner::protocol::HostPlan;
 
 /// Name by which the image is asked for.
@@ -159,7 +159,7 @@ impl HostImage {
 
 fn plan(options: &HostImageOptions) -> io::Result<HostPlan> {
     let mut plan = HostPlan { shown: vec!["/usr".into()], hidden: Vec::new(), private: Vec::new(), owned: Vec::new() };
-    if rootless::applies() {
+    if is_ordinary_user() {
         let of_others = DIRECTORIES.iter().filter(|(_, _, owner)| *owner != 0);
         plan.owned = of_others.map(|(path, _, owner)| (Path::new("/").join(path), *owner)).collect();
     }
@@ -290,7 +290,7 @@ impl Copy {
             _ => {}
         }
         std::fs::set_permissions(to, PermissionsExt::from_mode(mode))?;
-        if owner != 0 && !rootless::applies() {
+        if owner != 0 && !is_ordinary_user() {
             lchown(to, Some(owner), Some(owner))?;
         }
         self.note(name, mode, &owner.to_le_bytes());

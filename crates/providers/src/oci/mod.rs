@@ -13,13 +13,11 @@
 //! ```
 //!
 //! Files: `spawner` forks, `launch` is what the fork does (`external` where an
-//! OCI runtime of the host is to do it), `create` and `destroy` are the two ends of a life, `state` is what is on disk, `sweep`
-//! finds what nobody owns. The rest is named after what the kernel calls it.
+//! OCI runtime of the host is to do it), `create` and `destroy` are the two ends
+//! of a life, `state` is what is on disk, `sweep` finds what nobody owns. What
+//! is named after what the kernel calls it and not here is in `host`.
 
 mod capabilities;
-mod cgroup;
-mod channel;
-mod claims;
 mod create;
 mod destroy;
 mod disk;
@@ -27,23 +25,17 @@ mod error;
 mod external;
 mod health;
 mod host_image;
-mod ids;
 mod launch;
 mod network;
 mod options;
 mod pairs;
-mod process;
 mod registry;
 mod rootless;
 mod runtime;
-mod seccomp;
 mod spawner;
 mod state;
 mod strays;
 mod sweep;
-mod sys;
-mod trash;
-mod usage;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -55,11 +47,12 @@ use stacyvm_sandbox::{
     RuntimeSandbox, RuntimeState, SandboxSpec,
 };
 
-pub(crate) use claims::Instance;
+use crate::host::channel::SocketChannel;
+use crate::host::{process, usage};
+
 pub use options::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciRuntime, SpawnerCommand};
 pub use spawner::spawner_main;
 
-use channel::OciChannel;
 use error::OciError;
 use registry::Live;
 use runtime::Runtime;
@@ -138,6 +131,7 @@ impl Provider for OciProvider {
             dial: true,
             stats: true,
             survives_restart: true,
+            keeps_records: true,
             network: self.runtime.connected.is_some(),
             pause: false,
             family: "container",
@@ -182,7 +176,7 @@ impl Provider for OciProvider {
         self.live(id)?;
         let sandbox = self.runtime.layout.sandbox(id);
         let channel =
-            OciChannel::new(&sandbox).map_err(|source| OciError::file("open", sandbox)(source).of("connect"))?;
+            SocketChannel::new(&sandbox).map_err(|source| OciError::file("open", sandbox)(source).of("connect"))?;
         Ok(Connection::Envd(Arc::new(channel)))
     }
 

@@ -5,6 +5,7 @@
 //! takes the kernel longer than all the rest of a sandbox. They exist only as
 //! descriptors in this process: when the server dies, so do unused ones.
 
+use crate::host::is_ordinary_user;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,15 +14,15 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::error::OciError;
-use super::ids::UidRanges;
 use super::network::{Network, Port};
-use super::rootless;
 use super::spawner::protocol::{Done, Job};
 use super::spawner::{CallError, Spawner};
+use crate::host::ids::UidRanges;
 
 /// How long nobody takes a pair before the next one is made, while there are
-/// enough: making them must not slow down the sandboxes that are being made.
-const CALM: Duration = Duration::from_millis(5);
+/// enough: making them must not slow down the sandboxes that are being made,
+/// nor their first commands.
+const CALM: Duration = Duration::from_millis(25);
 
 /// One in so many of the wanted pairs is enough in this sense.
 const ENOUGH: usize = 4;
@@ -148,7 +149,7 @@ impl PairPool {
 
     /// An ordinary user's spawner has power only over namespaces that it made.
     async fn is_usable(&self, pair: &Pair) -> bool {
-        !rootless::applies() || self.spawner.pid().await == Some(pair.spawner)
+        !is_ordinary_user() || self.spawner.pid().await == Some(pair.spawner)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Pair>> {

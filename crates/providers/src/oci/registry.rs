@@ -9,7 +9,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::state::Record;
-use super::sys;
+use crate::host::sys;
 
 /// A sandbox whose init was found alive.
 pub(super) struct Live {

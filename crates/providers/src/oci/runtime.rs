@@ -1,5 +1,6 @@
 //! What the parts of this provider share.
 
+use crate::host::is_ordinary_user;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
@@ -17,13 +18,11 @@ use stacyvm_sandbox::ProviderError;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::cgroup::Cgroups;
-use super::claims::{Claims, Instance};
+use super::NAME;
 use super::disk::Disks;
 use super::error::OciError;
 use super::external::{Binary, Hierarchies};
 use super::host_image::HostImage;
-use super::ids::UidRanges;
 use super::network::{self, Destination, Network};
 use super::options::{OciOptions, OciRuntime};
 use super::pairs::PairPool;
@@ -31,7 +30,10 @@ use super::registry::Registry;
 use super::spawner::Spawner;
 use super::spawner::protocol::{Done, Job};
 use super::state::{self, Layout, OnDisk, Record};
-use super::{NAME, rootless, trash};
+use crate::host::cgroup::Cgroups;
+use crate::host::claims::{Claims, Instance};
+use crate::host::ids::UidRanges;
+use crate::host::trash;
 
 /// How long to wait for an earlier process of this server to let go.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
@@ -94,7 +96,7 @@ impl Runtime {
         let spawner = Arc::new(Spawner::new(options.spawner.clone()));
         let records = records(&layout)?;
         let claims = |kind| Claims::open(&options.run_dir, kind, instance.clone());
-        let uids = Arc::new(if rootless::applies() {
+        let uids = Arc::new(if is_ordinary_user() {
             UidRanges::shared()
         } else {
             UidRanges::open(claims("uids")?, records.iter().map(|record| record.uid_base))?
@@ -104,7 +106,7 @@ impl Runtime {
         let name_servers = options.bridge.as_ref().map(|bridge| bridge.name_servers.clone()).unwrap_or_default();
         let sandboxes = records.iter().filter_map(|record| record.network.connected()).collect();
         let network = Arc::new(Network::new(claims("subnets")?, options.run_dir.clone(), name_servers, sandboxes));
-        let bridge = options.bridge.as_ref().filter(|_| !rootless::applies() && network::nft().is_some());
+        let bridge = options.bridge.as_ref().filter(|_| !is_ordinary_user() && network::nft().is_some());
         let connected = bridge.map(|bridge| pool(Some(Arc::clone(&network)), bridge.prepared));
         Ok(Self {
             external,
@@ -283,7 +285,7 @@ impl Drop for Runtime {
 }
 
 async fn remove_trash(spawner: &Spawner, trash: PathBuf) -> Result<usize, OciError> {
-    if rootless::applies() {
+    if is_ordinary_user() {
         // Without one, as where the kernel forbids namespaces, there are at
         // most our own files.
         if let Ok((Done::TrashEmptied(trees), _)) = spawner.call(Job::EmptyTrash { trash: trash.clone() }, &[]).await {

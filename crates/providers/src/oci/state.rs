@@ -28,7 +28,7 @@ use stacyvm_api::{LimitReport, SandboxId, Timestamp};
 use super::disk::DiskRecord;
 use super::external::{Binary, Container};
 use super::network::{Connected, Destination};
-use super::spawner::protocol::Identity;
+use crate::host::process::Identity;
 
 const VERSION: u32 = 1;
 
@@ -173,10 +173,6 @@ impl Layout {
 
 pub(super) fn identity_file(sandbox: &Path) -> PathBuf {
     sandbox.join("init.json")
-}
-
-pub(super) fn socket_name() -> &'static str {
-    "agent.sock"
 }
 
 /// Where another runtime keeps what it remembers of a sandbox.

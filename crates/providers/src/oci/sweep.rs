@@ -8,7 +8,8 @@ use tokio::io::Interest;
 use super::error::OciError;
 use super::runtime::Runtime;
 use super::state::{self, OnDisk};
-use super::{cgroup, destroy, strays, sys, trash};
+use super::{destroy, strays};
+use crate::host::{cgroup, sys, trash};
 
 /// Frees what no sandbox owns and says what that was.
 pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, OciError> {

@@ -26,3 +26,8 @@ mod oci_restart;
 mod oci_rootless;
 mod oci_runtimes;
 mod ordinary_user;
+mod proot_conformance;
+mod proot_escape;
+mod proot_fixture;
+mod proot_lifecycle;
+mod proot_limits;

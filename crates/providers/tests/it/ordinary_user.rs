@@ -14,6 +14,8 @@ use crate::fixture::eventually_empty;
 const SPAWNER: &str = "ORDINARY_USER_SPAWNER";
 const IMAGE: &str = "ORDINARY_USER_IMAGE";
 const CGROUP: &str = "ORDINARY_USER_CGROUP";
+const BUSYBOX: &str = "ORDINARY_USER_BUSYBOX";
+const DEBIAN: &str = "ORDINARY_USER_DEBIAN";
 
 /// Uids no distribution gives out; each use of this module takes another.
 const FIRST_UID: u32 = 60_000_000;
@@ -33,6 +35,8 @@ for file in passwd group subuid subgid; do
     [ -e "/etc/$file" ] || touch "/etc/$file"
     mount --bind "$accounts/$file" "/etc/$file"
 done
+mount --bind "$BUSYBOX" "$accounts/busybox"
+[ -z "$DEBIAN" ] || mount --bind "$DEBIAN" "$accounts/debian"
 cd "$accounts/home"
 set -- setpriv --reuid "$uid" --regid "$uid" --init-groups --reset-env -- env "$@"
 case $spoil in
@@ -84,6 +88,15 @@ pub(crate) fn image_archive() -> Option<PathBuf> {
     std::env::var_os(IMAGE).map(PathBuf::from)
 }
 
+/// Roots for PRoot, where the user can reach them.
+pub(crate) fn busybox_root() -> Option<PathBuf> {
+    std::env::var_os(BUSYBOX).map(PathBuf::from)
+}
+
+pub(crate) fn debian_root() -> Option<PathBuf> {
+    std::env::var_os(DEBIAN).map(PathBuf::from)
+}
+
 /// Name of the directories that are the user's, where he has any.
 pub(crate) fn cgroup_parent() -> Option<String> {
     std::env::var(CGROUP).ok().filter(|name| !name.is_empty())
@@ -111,13 +124,22 @@ pub(crate) fn run(filter: &[&str], circumstances: Circumstances) -> usize {
     let variable = |name: &str, file: &str| format!("{name}={}", stage.path().join(file).display());
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "private"]).env("ALL", ALL_IDS.to_string());
+    // Only who needs it waits until it is made.
+    let debian = filter.iter().any(|name| name.ends_with("_on_debian")).then(crate::proot_fixture::debian_root);
+    command.env("BUSYBOX", crate::proot_fixture::busybox_root()).env("DEBIAN", debian.unwrap_or_default());
     let spoil = match circumstances.spoilt {
         Spoilt::Nothing => "nothing",
         Spoilt::Proc => "proc",
         Spoilt::Namespaces => "namespaces",
     };
     command.args(["sh", "-c", ENTER, "sh", &uid.to_string()]).arg(stage.path()).arg(spoil);
-    command.args([variable(SPAWNER, "spawner"), variable(IMAGE, "image.tar"), format!("{CGROUP}={}", groups.name)]);
+    command.args([
+        variable(SPAWNER, "spawner"),
+        variable(IMAGE, "image.tar"),
+        variable(BUSYBOX, "busybox"),
+        variable(DEBIAN, "debian"),
+        format!("{CGROUP}={}", groups.name),
+    ]);
     command.arg(stage.path().join("tests")).args(filter).args(["--nocapture", "--test-threads=2"]);
     let output = command.output().expect("unshare starts");
     let (text, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -146,7 +168,9 @@ fn prepare(stage: &Path, uid: u32, circumstances: Circumstances) {
             if circumstances.subordinate_ids { &format!("ordinary:{FIRST_SUBORDINATE}:{SUBORDINATES}\n") } else { "" };
         append(file, format!("root:0:{ALL_IDS}\n{line}"));
     }
-    std::fs::create_dir(&home).expect("a home");
+    for directory in [&home, &stage.join("busybox"), &stage.join("debian")] {
+        std::fs::create_dir(directory).expect("a directory");
+    }
     chown(&home, Some(uid), Some(uid)).expect("his own");
     std::fs::set_permissions(stage, PermissionsExt::from_mode(0o755)).expect("open to all");
     std::fs::copy(std::env::current_exe().expect("a program"), stage.join("tests")).expect("copied");

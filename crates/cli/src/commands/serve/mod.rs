@@ -20,6 +20,7 @@ use clap::Args;
 use serde_json::json;
 use stacyvm_api::{ListQuery, SandboxState};
 use stacyvm_engine::{Caller, Engine};
+use stacyvm_providers::proot::Permission;
 use stacyvm_server::{Server, ServerError};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -31,6 +32,7 @@ use crate::failure::Advice;
 use crate::output::{Output, json_line, print};
 pub(crate) use options::{database, image_store};
 pub(crate) use port::owner as port_owner;
+use providers::Examined;
 pub(crate) use providers::{
     Chosen, KNOWN as KNOWN_PROVIDERS, enabled as enabled_providers, open as open_providers, open_one,
 };
@@ -86,7 +88,7 @@ pub(crate) async fn run(context: &Context, args: ServeArgs) -> anyhow::Result<()
 
     // From here on a signal is a request to end in order.
     let mut signals = Signals::listen()?;
-    let chosen = providers::open(&config, &data_dir, &environment).await?;
+    let chosen = providers::open(&config, &data_dir, &environment, Permission::default()).await?;
     let engine_options = options::engine(&config, &data_dir, secret, &chosen.default);
     let engine = match Engine::start(engine_options, chosen.all.clone()).await {
         Ok(engine) => engine,
@@ -114,7 +116,8 @@ async fn answer(
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
     let server = bind(config, engine).await?;
-    announce(output, &server, chosen)?;
+    let examined = chosen.examine(server.demands_key()).await;
+    announce(output, &server, chosen, &examined)?;
     server.serve(signals.first()).await;
     Ok(())
 }
@@ -133,7 +136,7 @@ async fn bind(config: &Config, engine: &Engine) -> anyhow::Result<Server> {
 
 /// The first line: where it listens, what makes the sandboxes and why, and who
 /// may call.
-fn announce(output: Output, server: &Server, chosen: &Chosen) -> anyhow::Result<()> {
+fn announce(output: Output, server: &Server, chosen: &Chosen, examined: &Examined) -> anyhow::Result<()> {
     let urls: Vec<_> = server.addresses().iter().map(|address| format!("http://{address}")).collect();
     let auth = server.demands_key();
     if output.is_json() {
@@ -148,13 +151,13 @@ fn announce(output: Output, server: &Server, chosen: &Chosen) -> anyhow::Result<
         chosen.default,
         chosen.why
     ))?;
-    for trouble in &chosen.troubles {
+    for trouble in &examined.troubles {
         output.note(&format!("warning: {trouble}"));
     }
-    if !chosen.shortcomings.is_empty() {
+    if !examined.shortcomings.is_empty() {
         output.note(&format!(
             "note: sandboxes lack something here ({}); `stacyvm providers {}` says what, and how to have it",
-            chosen.shortcomings.join(", "),
+            examined.shortcomings.join(", "),
             chosen.default
         ));
     }

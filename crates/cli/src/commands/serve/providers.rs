@@ -11,6 +11,7 @@ use stacyvm_providers::custom::{CustomOptions, CustomProvider};
 use stacyvm_providers::docker::DockerProvider;
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_providers::oci::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciProvider, OciRuntime};
+use stacyvm_providers::proot::{Permission, ProotOptions, ProotProvider};
 use stacyvm_sandbox::Provider;
 
 use super::docker;
@@ -22,7 +23,7 @@ const AUTO: &str = "auto";
 
 /// Every provider this program can have, in the order in which `auto` prefers
 /// them.
-pub(crate) const KNOWN: [&str; 4] = ["oci", "docker", "custom", "mock"];
+pub(crate) const KNOWN: [&str; 5] = ["oci", "docker", "proot", "custom", "mock"];
 
 /// The providers of a server.
 pub(crate) struct Chosen {
@@ -30,14 +31,45 @@ pub(crate) struct Chosen {
     pub(crate) default: String,
     /// Why that one, in a few words.
     pub(super) why: String,
-    /// What keeps the default from making sandboxes, if anything does.
+    /// Given once the server is known to demand a key.
+    shared_network: Permission,
+}
+
+/// What the default provider's health says to whoever starts the server.
+#[derive(Debug, Default)]
+pub(super) struct Examined {
+    /// What keeps it from making sandboxes, if anything does.
     pub(super) troubles: Vec<String>,
-    /// Findings about what the default cannot do in full.
+    /// Findings about what it cannot do in full.
     pub(super) shortcomings: Vec<String>,
 }
 
+impl Chosen {
+    /// Looks at the default provider, now that it is known whether callers need
+    /// a key.
+    pub(super) async fn examine(&self, demands_key: bool) -> Examined {
+        if demands_key {
+            self.shared_network.give();
+        }
+        let mut examined = Examined::default();
+        let default = &self.default;
+        for provider in self.all.iter().filter(|provider| provider.name() == default) {
+            let report = provider.check().await;
+            examined.troubles.extend(report.reason().map(|why| format!("{default} cannot make sandboxes: {why}")));
+            let warnings = report.findings.into_iter().filter(|finding| finding.level == FindingLevel::Warning);
+            examined.shortcomings.extend(warnings.map(|finding| finding.name));
+        }
+        examined
+    }
+}
+
 /// Opens what the configuration enables.
-pub(crate) async fn open(config: &Config, data_dir: &Path, environment: &Environment) -> anyhow::Result<Chosen> {
+pub(crate) async fn open(
+    config: &Config,
+    data_dir: &Path,
+    environment: &Environment,
+    shared_network: Permission,
+) -> anyhow::Result<Chosen> {
     let wanted = configured(config, &config.providers.default);
     if wanted != AUTO && !KNOWN.contains(&wanted) {
         return Err(Advice::new(
@@ -48,7 +80,7 @@ pub(crate) async fn open(config: &Config, data_dir: &Path, environment: &Environ
     }
     let mut all = Vec::new();
     for name in enabled(config) {
-        all.push(open_one(name, config, data_dir, environment).await?);
+        all.push(open_one(name, config, data_dir, environment, &shared_network).await?);
     }
     let (default, why) = match (wanted, all.first()) {
         (AUTO, Some(first)) => (first.name().to_owned(), reason(first.name(), config)),
@@ -62,22 +94,17 @@ pub(crate) async fn open(config: &Config, data_dir: &Path, environment: &Environ
         ("custom", _) => (config.custom.name.clone(), "as configured".to_owned()),
         (wanted, _) => (wanted.to_owned(), "as configured".to_owned()),
     };
-    let (mut troubles, mut shortcomings) = (Vec::new(), Vec::new());
-    for provider in all.iter().filter(|provider| provider.name() == default) {
-        let report = provider.check().await;
-        troubles.extend(report.reason().map(|why| format!("{default} cannot make sandboxes: {why}")));
-        let warnings = report.findings.into_iter().filter(|finding| finding.level == FindingLevel::Warning);
-        shortcomings.extend(warnings.map(|finding| finding.name));
-    }
-    Ok(Chosen { all, default, why, troubles, shortcomings })
+    Ok(Chosen { all, default, why, shared_network })
 }
 
-/// Opens one provider by name, enabled or not.
+/// Opens one provider by name, enabled or not. `shared_network` is given where
+/// nobody but whoever runs this program, or has its key, can use it.
 pub(crate) async fn open_one(
     name: &str,
     config: &Config,
     data_dir: &Path,
     environment: &Environment,
+    shared_network: &Permission,
 ) -> anyhow::Result<Arc<dyn Provider>> {
     match configured(config, name) {
         "oci" => {
@@ -94,6 +121,16 @@ pub(crate) async fn open_one(
             let provider = CustomProvider::open(custom(config, data_dir)).await;
             Ok(Arc::new(provider.context("the provider custom cannot be used")?))
         }
+        "proot" => {
+            let images = ImageStore::open(image_store(config, data_dir, environment)).await?;
+            let options = ProotOptions {
+                images: Some(images),
+                shared_network: shared_network.clone(),
+                ..proot(config, data_dir, environment)
+            };
+            let provider = ProotProvider::open(&options).await;
+            Ok(Arc::new(provider.context("the provider proot cannot be used")?))
+        }
         "mock" => Ok(Arc::new(MockProvider::default())),
         other => Err(Advice::new(format!("there is no provider `{other}`"), format!("use {}", names())).into()),
     }
@@ -105,6 +142,7 @@ pub(crate) fn enabled(config: &Config) -> Vec<&'static str> {
         "oci" => config.oci.enabled,
         "docker" => config.docker.enabled,
         "custom" => config.custom.enabled,
+        "proot" => config.proot.enabled,
         "mock" => config.mock.enabled,
         _ => false,
     };
@@ -155,6 +193,25 @@ fn default_run_dir(data_dir: &Path, environment: &Environment) -> PathBuf {
 
 fn dir_owner(dir: &Path) -> Option<u32> {
     std::fs::metadata(dir).ok().filter(std::fs::Metadata::is_dir).map(|metadata| metadata.uid())
+}
+
+fn proot(config: &Config, data_dir: &Path, environment: &Environment) -> ProotOptions {
+    let settings = &config.proot;
+    let own = ProotOptions::new(data_dir);
+    ProotOptions {
+        workspace_base: settings.workspace_base.clone(),
+        run_dir: config.oci.run_dir.clone().unwrap_or_else(|| default_run_dir(data_dir, environment)),
+        program: settings.proot_binary.clone(),
+        search_path: environment.get("PATH").map_or_else(|| own.search_path.clone(), str::to_owned),
+        rootfs: settings.rootfs_path.clone(),
+        cgroup_parent: config.oci.cgroup_parent.clone(),
+        max_sandboxes: settings.max_sandboxes,
+        max_memory_mib: settings.max_memory_mb,
+        max_disk_mib: settings.max_disk_mb,
+        languages: settings.languages.clone(),
+        namespaces: settings.namespaces,
+        ..own
+    }
 }
 
 fn oci(config: &Config, data_dir: &Path, environment: &Environment) -> OciOptions {

@@ -76,6 +76,8 @@ impl Target for ServerTarget {
             | Ability::Users
             | Ability::Failures
             | Ability::Limits => true,
+            Ability::ExactFiles => !self.has("rewrites_paths"),
+            Ability::OwnProcesses => !self.has("shares_host"),
         };
         (!has).then(|| format!("the server says that provider `{}` lacks {ability}", self.provider.name))
     }

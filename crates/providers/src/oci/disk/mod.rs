@@ -26,10 +26,10 @@ use stacyvm_sandbox::{DiskRequest, HealthReport, ProviderError};
 
 use super::error::OciError;
 use super::options::DiskOptions;
-use super::process;
 use super::registry::Live;
 use super::spawner::protocol::DiskPlan;
 use super::state::{self, Layout};
+use crate::host::process;
 use loop_image::LoopName;
 use loop_pool::LoopPool;
 use project_quota::ProjectQuota;

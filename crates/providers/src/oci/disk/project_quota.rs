@@ -15,7 +15,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 
 use super::sys::{self, ProjectLimit, ProjectUsage};
 use super::{BYTES_PER_INODE, MIN_INODES};
-use crate::oci::ids;
+use crate::host::ids;
 
 pub(super) struct ProjectQuota {
     /// Any directory of the file system.

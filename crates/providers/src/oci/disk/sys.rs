@@ -1,6 +1,6 @@
 //! The system calls of disks: loop devices, project quotas, discarding.
 //!
-//! Thin covers over one call each, as in [`crate::oci::sys`], with the kernel's
+//! Thin covers over one call each, as in [`crate::host::sys`], with the kernel's
 //! structures as its headers have them.
 
 #![expect(unsafe_code, reason = "raw system calls: ioctl on loop devices and directories, quotactl_fd")]

@@ -1,5 +1,6 @@
 //! Finding the runtime's program, and refusing what cannot serve.
 
+use crate::host::is_ordinary_user;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use stacyvm_sandbox::ProviderError;
 use tokio::io::AsyncReadExt;
 
-use crate::oci::{NAME, rootless};
+use crate::oci::NAME;
 
 /// Longest a program may take to say what it is.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -57,7 +58,7 @@ impl Binary {
     /// its absolute path, and asks it what it is. `run_dir` is where bundles
     /// will be made.
     pub(in crate::oci) async fn find(wanted: &str, search: &str, run_dir: &Path) -> Result<Self, Refusal> {
-        if rootless::applies() {
+        if is_ordinary_user() {
             return Err(Refusal::Rootless);
         }
         let binary = Self::ask(locate(wanted, search)?).await?;

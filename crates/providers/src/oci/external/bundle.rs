@@ -17,9 +17,11 @@ use oci_spec::runtime::{
 };
 use rustix::process::Resource;
 
+use crate::host::cgroup::BundleLimits;
+use crate::host::{ids, seccomp};
+use crate::oci::capabilities;
 use crate::oci::launch::{SOFT_OPEN_FILES, devices, kernel_files};
-use crate::oci::spawner::protocol::{BundleLimits, LaunchPlan, RuntimePlan};
-use crate::oci::{capabilities, ids, seccomp};
+use crate::oci::spawner::protocol::{LaunchPlan, RuntimePlan};
 
 /// Version of the specification that all of this is in (2020).
 const SPECIFICATION: &str = "1.0.2";
@@ -229,7 +231,8 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::oci::spawner::protocol::{CgroupPlan, DiskPlan, RootPlan};
+    use crate::host::cgroup::CgroupPlan;
+    use crate::oci::spawner::protocol::{DiskPlan, RootPlan};
 
     fn described(limits: BundleLimits) -> Value {
         let root = RootPlan {

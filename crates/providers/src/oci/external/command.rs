@@ -11,9 +11,9 @@ use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
 use super::hierarchies::Hierarchies;
+use crate::host::sys;
 use crate::oci::launch::mounts;
 use crate::oci::spawner::protocol::{Failure, Step};
-use crate::oci::sys;
 
 /// Longest one call may take. Both calls of a launch stay below what the server
 /// waits for an order to the spawner.

@@ -19,13 +19,16 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use super::bundle::{self, NETWORK_NAMESPACE, ROOT, USER_NAMESPACE};
 use super::command::read_reason;
 use super::hierarchies::Hierarchies;
+use crate::host::cgroup::CgroupPlan;
+use crate::host::process;
+use crate::host::process::Identity;
+use crate::host::sys::{self, Forked};
 use crate::oci::launch::{
     self, BOOT_FD, Common, FIRST_OWN_FD, LISTENER_FD, LaunchFds, READY, attach_null, devices, enter_user_namespace,
     mounts, root, user,
 };
-use crate::oci::spawner::protocol::{CgroupPlan, Failure, Identity, LaunchPlan, RuntimePlan, Step};
-use crate::oci::sys::{self, Forked};
-use crate::oci::{process, state};
+use crate::oci::spawner::protocol::{Failure, LaunchPlan, RuntimePlan, Step};
+use crate::oci::state;
 
 /// Where the agent's own program is when a runtime looks for it.
 const PROGRAM_FD: RawFd = 5;

@@ -30,9 +30,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::LinkNameSpaceType;
 
+use super::capabilities;
 use super::rootless::Authority;
 use super::spawner::protocol::{DiskPlan, Failure, LaunchPlan, Step};
-use super::{capabilities, seccomp, sys};
+use crate::host::{seccomp, sys};
 
 /// Where the agent finds its listening socket and its boot configuration.
 pub(super) const LISTENER_FD: RawFd = 3;

@@ -10,7 +10,7 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
 };
 
-use crate::oci::sys::{self, MountAttributes};
+use crate::host::sys::{self, MountAttributes};
 
 /// Nothing mounted here from now on is seen by the host, nor the other way.
 pub(in crate::oci) fn separate_from_host() -> io::Result<()> {

@@ -71,7 +71,7 @@ fn find_group(name: &str) -> Option<u32> {
 
 /// A user number that exists inside a sandbox.
 fn number(text: &str) -> Option<u32> {
-    text.parse().ok().filter(|id| *id < crate::oci::ids::RANGE)
+    text.parse().ok().filter(|id| *id < crate::host::ids::RANGE)
 }
 
 /// A regular file's text, bounded; never blocks on a FIFO or a device.

@@ -24,7 +24,7 @@ use tokio_util::task::AbortOnDropHandle;
 pub(super) use addresses::Subnet;
 pub(super) use firewall::{Destination, nft};
 
-use super::claims::Claims;
+use crate::host::claims::Claims;
 use addresses::{PORTS, SUBNETS};
 use remover::Removal;
 use router::{Order, Setup};

@@ -33,7 +33,7 @@ use super::addresses::{
 use super::firewall::{self, Destination};
 use super::netlink::{Netlink, VethEnd, index_of};
 use super::remover::{self, Removal};
-use crate::oci::sys;
+use crate::host::sys;
 
 /// Loopback's number in every namespace.
 const LOOPBACK_INDEX: u32 = 1;

@@ -32,7 +32,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::ids;
+use crate::host::ids;
 
 pub(super) use obstacle::Obstacle;
 pub(super) use outer::enter;
@@ -40,11 +40,6 @@ pub(super) use outer::enter;
 /// First kernel whose overlayfs an ordinary user can mount (5.11) and whose
 /// mounts can be made read-only as a tree (5.12).
 pub(super) const NEEDED_KERNEL: (u32, u32) = (5, 12);
-
-/// Whether this process makes sandboxes as an ordinary user.
-pub(super) fn applies() -> bool {
-    !rustix::process::geteuid().is_root()
-}
 
 /// On whose rights a spawner makes sandboxes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

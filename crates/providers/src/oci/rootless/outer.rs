@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::Authority;
 use super::subordinate::SubordinateIds;
+use crate::host::sys::{self, Forked};
 use crate::oci::spawner::protocol::{Failure, FailureKind, Step};
-use crate::oci::sys::{self, Forked};
 
 const STEP: &str = "make namespaces as an ordinary user";
 

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use super::packet;
 use super::protocol::{Done, Failure, Job, Reply, Request};
-use crate::oci::sys;
+use crate::host::sys;
 
 /// Longest a single order may take; a launch takes a few milliseconds.
 const ORDER_LIMIT: Duration = Duration::from_secs(20);

@@ -6,6 +6,7 @@
 //! server goes away it reads end-of-file and exits, and the sandboxes it
 //! started live on as orphans that know what they need.
 
+use crate::host::is_ordinary_user;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -15,12 +16,14 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Pid;
 
 use super::packet;
-use super::protocol::{Done, Failure, Identity, Job, LaunchPlan, MAX_MESSAGE_BYTES, Reply, Request, RuntimePlan, Step};
+use super::protocol::{Done, Failure, Job, LaunchPlan, MAX_MESSAGE_BYTES, Reply, Request, RuntimePlan, Step};
+use crate::host::process::{self, Identity};
+use crate::host::sys::{self, Forked};
+use crate::host::{seccomp, trash};
 use crate::oci::external::{self, Container};
 use crate::oci::launch::{self, Common, LaunchFds};
 use crate::oci::rootless::{self, Authority};
-use crate::oci::sys::{self, Forked};
-use crate::oci::{process, seccomp, state, trash};
+use crate::oci::state;
 
 /// How often to ask the kernel to seal the agent's file.
 const SEAL_ATTEMPTS: u32 = 20;
@@ -50,7 +53,7 @@ pub fn spawner_main(agent: &[u8]) -> ! {
 fn serve(agent: &[u8]) -> io::Result<()> {
     let control = sys::inherited(0);
     rustix::thread::set_name(c"svm-spawner")?;
-    let authority = if rootless::applies() { rootless::enter() } else { Ok(Authority::Root) };
+    let authority = if is_ordinary_user() { rootless::enter() } else { Ok(Authority::Root) };
     let authority = match authority {
         Ok(authority) => authority,
         Err(failure) => return refuse(&control, &failure),

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::host::cgroup::{BundleLimits, CgroupPlan};
+use crate::host::process::Identity;
 use crate::oci::external::Container;
 use crate::oci::rootless::Authority;
 
@@ -68,16 +70,6 @@ pub(in crate::oci) struct RuntimePlan {
     pub(in crate::oci) limits: BundleLimits,
 }
 
-/// Limits that this host holds.
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
-pub(in crate::oci) struct BundleLimits {
-    pub(in crate::oci) memory_bytes: Option<u64>,
-    pub(in crate::oci) no_swap: bool,
-    /// Microseconds of processor time in each period of so many.
-    pub(in crate::oci) cpu: Option<(u64, u64)>,
-    pub(in crate::oci) pids: Option<u64>,
-}
-
 /// What the sandbox sees as `/`.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::oci) struct RootPlan {
@@ -119,15 +111,6 @@ pub(in crate::oci) struct HostPlan {
     pub(in crate::oci) owned: Vec<(PathBuf, u32)>,
 }
 
-/// How the child gets into its control groups.
-#[derive(Debug, Default, Clone, Serialize, Deserialize)]
-pub(in crate::oci) struct CgroupPlan {
-    /// `tasks` files of v1 hierarchies, which the child writes itself into.
-    pub(in crate::oci) v1_tasks: Vec<PathBuf>,
-    /// Directory of the v2 hierarchy, which the child is cloned into.
-    pub(in crate::oci) v2_dir: Option<PathBuf>,
-}
-
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::oci) struct Reply {
     pub(in crate::oci) id: u64,
@@ -145,16 +128,6 @@ pub(in crate::oci) enum Done {
     Authority(Authority),
     /// How many trees there were.
     TrashEmptied(usize),
-}
-
-/// Who a sandbox's init is. A number alone may be somebody else's tomorrow.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::oci) struct Identity {
-    pub(in crate::oci) pid: i32,
-    /// Clock ticks after boot (field 22 of `/proc/PID/stat`).
-    pub(in crate::oci) start_time: u64,
-    /// Inode of its pid namespace.
-    pub(in crate::oci) pid_namespace: u64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -24,13 +24,16 @@ fn rootfs(host: &Host, wishes: &Wishes<'_>) -> Check {
     if host.is_dir(&path) {
         return Check::pass(NAME, format!("is {}", path.display()));
     }
-    let fix = format!("mkdir -p {0} && tar -xf rootfs.tar -C {0}", path.display());
+    let fix = format!("stacyvm rootfs build {}", path.display());
     Check::fail(NAME, format!("{} is no directory", path.display()), fix)
 }
 
 fn workspace(host: &Host, wishes: &Wishes<'_>) -> Check {
     const NAME: &str = "proot.workspace_base";
     let path = wishes.path("providers.proot.workspace_base");
+    if path.as_os_str().is_empty() {
+        return Check::pass(NAME, "is in the data directory");
+    }
     if host.is_dir(&path) && host.is_writable(&path) {
         return Check::pass(NAME, format!("{} can be written to", path.display()));
     }
@@ -50,10 +53,8 @@ mod tests {
             let checks = check(&host, &wishes);
             checks.into_iter().filter(|check| check.status == Status::Fail).map(|check| check.name).collect()
         };
-        assert_eq!(failed(), ["proot.binary", "proot.rootfs", "proot.workspace_base"]);
-        for directory in ["var/lib/stacyvm/rootfs", "var/lib/stacyvm/workspaces"] {
-            std::fs::create_dir_all(root.path().join(directory)).unwrap();
-        }
+        assert_eq!(failed(), ["proot.binary", "proot.rootfs"]);
+        std::fs::create_dir_all(root.path().join("var/lib/stacyvm/rootfs")).unwrap();
         assert_eq!(failed(), ["proot.binary"]);
     }
 }

@@ -14,14 +14,14 @@ use super::process;
 const MAX_PROCESSES: usize = 4096;
 
 /// Adds up the first process of a sandbox and all that descend from it.
-pub(super) fn of_sandbox(init: impl AsFd) -> Reading {
+pub(crate) fn of_sandbox(init: impl AsFd) -> Reading {
     match process::number(init) {
         Ok(Some(init)) => of_processes(init),
         Ok(None) | Err(_) => Reading::default(),
     }
 }
 
-fn of_processes(init: i32) -> Reading {
+pub(crate) fn of_processes(init: i32) -> Reading {
     let ticks_per_second = rustix::param::clock_ticks_per_second().max(1);
     let mut reading = Reading::default();
     let mut waiting = VecDeque::from([init]);

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{Place, delegation};
-use crate::oci::rootless;
+use crate::host::is_ordinary_user;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Controller {
@@ -47,9 +47,9 @@ impl Controller {
 pub(super) fn controllers() -> (BTreeMap<Controller, Place>, BTreeMap<Controller, String>) {
     let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let offered = |group: &Path| std::fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
-    let top = |mount: &Path| if rootless::applies() { delegation::own_group(mount) } else { Some(mount.to_owned()) };
+    let top = |mount: &Path| if is_ordinary_user() { delegation::own_group(mount) } else { Some(mount.to_owned()) };
     let found = parse(&mountinfo, top, offered);
-    let reason = if rootless::applies() {
+    let reason = if is_ordinary_user() {
         "no control group hierarchy that has it is this user's"
     } else {
         "the host mounts no control group hierarchy that has it"
@@ -107,7 +107,7 @@ pub(super) fn make_instance_dir(
     let directory = mount.path().join(parent).join(instance);
     let denied = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", directory.display()));
     if let Place::V2(root) = mount {
-        if rootless::applies() {
+        if is_ordinary_user() {
             delegation::vacate(root)?;
         }
         let outer = root.join(parent);

@@ -13,31 +13,49 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use stacyvm_api::{Limit, LimitReport};
 
 use detect::Controller;
-pub(super) use group::{Reading, remove};
-
-use super::spawner::protocol::{BundleLimits, CgroupPlan};
+pub(crate) use group::{Reading, remove};
 
 /// What to do where a controller is missing, as root and as an ordinary user.
-pub(super) const CONTROLLER_FIX: &str =
+pub(crate) const CONTROLLER_FIX: &str =
     "run as root on a host with this controller, or create sandboxes with allow_unenforced";
-pub(super) const DELEGATION_FIX: &str = "run the server as root, or on a host with cgroup v2 and systemd in a group that is this user's: \
+pub(crate) const DELEGATION_FIX: &str = "run the server as root, or on a host with cgroup v2 and systemd in a group that is this user's: \
      systemd-run --user --scope -p Delegate=yes stacyvm serve";
 
 /// Controllers that the host offers nowhere, and why. Changes nothing.
-pub(super) fn not_offered() -> Vec<(&'static str, String)> {
+pub(crate) fn not_offered() -> Vec<(&'static str, String)> {
     let (_, missing) = detect::controllers();
     missing.into_iter().map(|(controller, reason)| (controller.name(), reason)).collect()
 }
 
 /// What a sandbox may use; zero means that nothing was asked.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Limits {
-    pub(super) memory_bytes: u64,
-    pub(super) vcpus: f64,
-    pub(super) pids: u64,
+pub(crate) struct Limits {
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: f64,
+    pub(crate) pids: u64,
+}
+
+/// Limits that this host holds.
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct BundleLimits {
+    pub(crate) memory_bytes: Option<u64>,
+    pub(crate) no_swap: bool,
+    /// Microseconds of processor time in each period of so many.
+    pub(crate) cpu: Option<(u64, u64)>,
+    pub(crate) pids: Option<u64>,
+}
+
+/// How the child gets into its control groups.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+pub(crate) struct CgroupPlan {
+    /// `tasks` files of v1 hierarchies, which the child writes itself into.
+    pub(crate) v1_tasks: Vec<PathBuf>,
+    /// Directory of the v2 hierarchy, which the child is cloned into.
+    pub(crate) v2_dir: Option<PathBuf>,
 }
 
 /// Where one controller's groups are made.
@@ -57,7 +75,7 @@ impl Place {
 
 /// This server's part of the host's control groups.
 #[derive(Debug, Default)]
-pub(super) struct Cgroups {
+pub(crate) struct Cgroups {
     /// Directory of this instance in each controller's hierarchy.
     places: BTreeMap<Controller, Place>,
     /// Why a controller cannot be used.
@@ -66,7 +84,7 @@ pub(super) struct Cgroups {
 
 impl Cgroups {
     /// Finds the controllers and makes this instance's directories in them.
-    pub(super) fn open(parent: &str, instance: &str) -> Self {
+    pub(crate) fn open(parent: &str, instance: &str) -> Self {
         let (mounts, mut missing) = detect::controllers();
         let mut places = BTreeMap::new();
         for (controller, mount) in mounts {
@@ -80,12 +98,12 @@ impl Cgroups {
         Self { places, missing }
     }
 
-    pub(super) fn missing(&self) -> impl Iterator<Item = (&'static str, &str)> {
+    pub(crate) fn missing(&self) -> impl Iterator<Item = (&'static str, &str)> {
         self.missing.iter().map(|(controller, reason)| (controller.name(), reason.as_str()))
     }
 
     /// Which of the limits the kernel can hold here.
-    pub(super) fn report(&self, limits: &Limits) -> LimitReport {
+    pub(crate) fn report(&self, limits: &Limits) -> LimitReport {
         let mut report = LimitReport::default();
         let mut say = |asked: bool, limit, held: bool| {
             if asked {
@@ -101,13 +119,13 @@ impl Cgroups {
     }
 
     /// Whether every sandbox has a group, by which it can be found.
-    pub(super) fn are_available(&self) -> bool {
+    pub(crate) fn are_available(&self) -> bool {
         !self.places.is_empty()
     }
 
     /// Which limits another runtime is to be told, having the same groups: those
     /// that hold here.
-    pub(super) fn for_bundle(&self, limits: &Limits) -> BundleLimits {
+    pub(crate) fn for_bundle(&self, limits: &Limits) -> BundleLimits {
         let held = self.report(limits).enforced;
         let holds = |limit| held.contains(&limit);
         BundleLimits {
@@ -123,7 +141,7 @@ impl Cgroups {
     }
 
     /// Directories of a sandbox, one in each hierarchy.
-    pub(super) fn directories(&self, sandbox: &str) -> Vec<PathBuf> {
+    pub(crate) fn directories(&self, sandbox: &str) -> Vec<PathBuf> {
         let mut directories: Vec<PathBuf> = self.places.values().map(|place| place.path().join(sandbox)).collect();
         directories.sort_unstable();
         directories.dedup();
@@ -131,7 +149,7 @@ impl Cgroups {
     }
 
     /// Makes a sandbox's groups with its limits set.
-    pub(super) fn create(&self, sandbox: &str, limits: &Limits) -> io::Result<CgroupPlan> {
+    pub(crate) fn create(&self, sandbox: &str, limits: &Limits) -> io::Result<CgroupPlan> {
         for directory in self.directories(sandbox) {
             std::fs::create_dir(&directory)?;
         }
@@ -155,7 +173,7 @@ impl Cgroups {
     }
 
     /// What a sandbox uses now; `other` says it where no group does.
-    pub(super) fn read(&self, sandbox: &str, other: impl FnOnce() -> Reading) -> Reading {
+    pub(crate) fn read(&self, sandbox: &str, other: impl FnOnce() -> Reading) -> Reading {
         let exists = |place: &&Place| place.path().join(sandbox).exists();
         let complete = self.missing.is_empty() && self.places.values().all(|place| exists(&place));
         let mut reading = if complete { Reading::default() } else { other() };
@@ -170,7 +188,7 @@ impl Cgroups {
     }
 
     /// Sandboxes that have a group here, known or not.
-    pub(super) fn sandboxes(&self) -> Vec<String> {
+    pub(crate) fn sandboxes(&self) -> Vec<String> {
         let mut names: Vec<String> = self
             .places
             .values()
@@ -186,7 +204,7 @@ impl Cgroups {
     }
 
     /// Takes this instance's own directories away, if no sandbox is in them.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         for place in self.places.values() {
             // Whatever is still inside keeps it, and the shared parent belongs
             // to every server.

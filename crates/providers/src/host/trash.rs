@@ -20,7 +20,7 @@ use rustix::io::Errno;
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
 /// Moves a tree into the trash, from where it is removed later. Missing is fine.
-pub(super) fn discard(trash: &Path, tree: &Path) -> io::Result<()> {
+pub(crate) fn discard(trash: &Path, tree: &Path) -> io::Result<()> {
     match std::fs::rename(tree, trash.join(fresh_name().to_string_lossy().as_ref())) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         moved => moved,
@@ -28,7 +28,7 @@ pub(super) fn discard(trash: &Path, tree: &Path) -> io::Result<()> {
 }
 
 /// Removes everything in the trash; returns how many trees that was.
-pub(super) fn empty(trash: &Path) -> io::Result<usize> {
+pub(crate) fn empty(trash: &Path) -> io::Result<usize> {
     let trash = open_dir(rustix::fs::CWD, trash)?;
     let mut waiting: VecDeque<CString> = names(trash.as_fd())?.into_iter().map(|(name, _)| name).collect();
     let trees = waiting.len();

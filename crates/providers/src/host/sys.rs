@@ -1,8 +1,9 @@
 //! The system calls that neither std nor rustix offers safely.
 //!
-//! Everything unsafe of this provider stands here and, for disks, in
-//! [`disk::sys`](super::disk), so that the rest can be read for what it does. Each function is a thin cover over one call (or one
-//! idiom made of a few) and returns the kernel's error unchanged.
+//! Everything unsafe of this crate stands here and, for disks, in the `sys` of
+//! `oci::disk`, so that the rest can be read for what it does. Each function is
+//! a thin cover over one call (or one idiom made of a few) and returns the
+//! kernel's error unchanged.
 
 #![expect(unsafe_code, reason = "raw system calls: clone3, execveat, seccomp, mount_setattr, keyctl")]
 
@@ -19,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Which side of a fork the caller is on.
-pub(super) enum Forked {
+pub(crate) enum Forked {
     Child,
     Parent { pid: Pid, pidfd: OwnedFd },
 }
@@ -29,7 +30,7 @@ pub(super) enum Forked {
 ///
 /// The child gets a copy of everything, as with `fork`, and may allocate:
 /// callers are single-threaded (the spawner), so no lock can be held elsewhere.
-pub(super) fn fork_into(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Forked> {
+pub(crate) fn fork_into(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Forked> {
     let mut pidfd: RawFd = -1;
     // SAFETY: an all-zero clone_args is valid; it is plain old data.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -56,7 +57,7 @@ pub(super) fn fork_into(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::
 }
 
 /// Leaves namespaces (`CLONE_NEW*`) for new ones.
-pub(super) fn unshare(namespaces: i32) -> io::Result<()> {
+pub(crate) fn unshare(namespaces: i32) -> io::Result<()> {
     // SAFETY: only namespace flags are passed here, which touch no memory of
     // this process; CLONE_FILES is not among them.
     check(unsafe { libc::unshare(namespaces) }.into()).map(drop)
@@ -64,14 +65,14 @@ pub(super) fn unshare(namespaces: i32) -> io::Result<()> {
 
 /// What to change on a mount (mount_setattr(2)).
 #[derive(Default)]
-pub(super) struct MountAttributes<'a> {
-    pub(super) set: u64,
-    pub(super) recursive: bool,
+pub(crate) struct MountAttributes<'a> {
+    pub(crate) set: u64,
+    pub(crate) recursive: bool,
     /// Shift owners of files by this user namespace.
-    pub(super) idmap: Option<BorrowedFd<'a>>,
+    pub(crate) idmap: Option<BorrowedFd<'a>>,
 }
 
-pub(super) fn mount_setattr(mount: BorrowedFd<'_>, attributes: &MountAttributes<'_>) -> io::Result<()> {
+pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, attributes: &MountAttributes<'_>) -> io::Result<()> {
     #[repr(C)]
     struct MountAttr {
         attr_set: u64,
@@ -101,27 +102,27 @@ pub(super) fn mount_setattr(mount: BorrowedFd<'_>, attributes: &MountAttributes<
 }
 
 /// Starts a session keyring that shares nothing with the caller's.
-pub(super) fn join_new_session_keyring() -> io::Result<()> {
+pub(crate) fn join_new_session_keyring() -> io::Result<()> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
     // SAFETY: a null name asks for an anonymous keyring.
     check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) }).map(drop)
 }
 
 /// Marks every descriptor from `first` on as closed by the next exec.
-pub(super) fn close_on_exec_from(first: RawFd) -> io::Result<()> {
+pub(crate) fn close_on_exec_from(first: RawFd) -> io::Result<()> {
     // SAFETY: only flags of descriptors change; nothing is closed here.
     check(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) }).map(drop)
 }
 
 /// Puts a descriptor at a fixed number, where it survives exec.
-pub(super) fn place(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
+pub(crate) fn place(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
     // SAFETY: `number` belongs to the program about to be executed; the caller
     // has moved everything it still needs above it.
     check(unsafe { libc::dup2(fd.as_raw_fd(), number) }.into()).map(drop)
 }
 
 /// Becomes the program behind `program`; returns only on failure.
-pub(super) fn execute(program: BorrowedFd<'_>, argv: &[CString], env: &[CString]) -> Result<Infallible, io::Error> {
+pub(crate) fn execute(program: BorrowedFd<'_>, argv: &[CString], env: &[CString]) -> Result<Infallible, io::Error> {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
         strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
     };
@@ -141,7 +142,7 @@ pub(super) fn execute(program: BorrowedFd<'_>, argv: &[CString], env: &[CString]
 }
 
 /// Installs a filter over every later system call of this process.
-pub(super) fn install_seccomp(program: &[libc::sock_filter]) -> io::Result<()> {
+pub(crate) fn install_seccomp(program: &[libc::sock_filter]) -> io::Result<()> {
     let length = u16::try_from(program.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let filter = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut() };
     // SAFETY: the kernel copies `length` instructions and never writes to them.
@@ -151,7 +152,7 @@ pub(super) fn install_seccomp(program: &[libc::sock_filter]) -> io::Result<()> {
 /// Default action for every signal and an empty mask, as a fresh program
 /// expects. std ignores SIGPIPE and the spawner SIGCHLD; both would be
 /// inherited, and with SIGCHLD ignored `waitpid` finds nobody.
-pub(super) fn reset_signals() -> io::Result<()> {
+pub(crate) fn reset_signals() -> io::Result<()> {
     for signal in 1..=libc::SIGRTMAX() {
         // SAFETY: SIG_DFL installs no handler. The kernel refuses SIGKILL,
         // SIGSTOP and the two that libc reserves; that is harmless.
@@ -170,13 +171,13 @@ pub(super) fn reset_signals() -> io::Result<()> {
 }
 
 /// Children are reaped by the kernel: nobody in this process waits for them.
-pub(super) fn reap_children_automatically() {
+pub(crate) fn reap_children_automatically() {
     // SAFETY: SIG_IGN installs no handler.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
 }
 
 /// Brings the loopback device of the current network namespace up.
-pub(super) fn loopback_up() -> io::Result<()> {
+pub(crate) fn loopback_up() -> io::Result<()> {
     let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
     // SAFETY: an all-zero ifreq is valid; it is plain old data.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -191,7 +192,7 @@ pub(super) fn loopback_up() -> io::Result<()> {
 /// Takes the descriptor that this process was started with as its own.
 ///
 /// Call it at most once per number, first thing in `main`.
-pub(super) fn inherited(number: RawFd) -> OwnedFd {
+pub(crate) fn inherited(number: RawFd) -> OwnedFd {
     // SAFETY: the program that executed this one passed the descriptor for
     // exactly this purpose, and nothing here has used it before.
     unsafe { OwnedFd::from_raw_fd(number) }
@@ -199,13 +200,13 @@ pub(super) fn inherited(number: RawFd) -> OwnedFd {
 
 /// Ends this process without running destructors or exit handlers, which
 /// belong to the process it was forked from.
-pub(super) fn exit_now(status: i32) -> ! {
+pub(crate) fn exit_now(status: i32) -> ! {
     // SAFETY: `_exit` is always allowed.
     unsafe { libc::_exit(status) }
 }
 
 /// Has tokio wait for a descriptor.
-pub(super) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` names the same open descriptor until it is dropped.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(|error| error.into_parts().1)
 }

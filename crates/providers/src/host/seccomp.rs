@@ -29,21 +29,21 @@ use seccompiler::{
 const NEWEST_KNOWN: u32 = 466;
 
 /// CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET together.
-pub(super) const NAMESPACE_FLAGS: u64 = 0x7e02_0000;
+pub(crate) const NAMESPACE_FLAGS: u64 = 0x7e02_0000;
 
 /// Socket families a sandbox may use. Others load kernel modules that hardly
 /// anybody has looked at, or (`AF_VSOCK`) ignore network namespaces.
-pub(super) const SOCKET_FAMILIES: [i32; 5] =
+pub(crate) const SOCKET_FAMILIES: [i32; 5] =
     [libc::AF_UNSPEC, libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 
 /// `personality` values Docker lets through: PER_LINUX, PER_LINUX32,
 /// UNAME26, both, and asking for the current one.
-pub(super) const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
+pub(crate) const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
-pub(super) type Program = Vec<libc::sock_filter>;
+pub(crate) type Program = Vec<libc::sock_filter>;
 
 /// Builds the profile.
-pub(super) fn build() -> Result<Program, seccompiler::BackendError> {
+pub(crate) fn build() -> Result<Program, seccompiler::BackendError> {
     let arguments_matter: seccompiler::BpfProgram = SeccompFilter::new(
         conditional_calls()?,
         SeccompAction::Errno(libc::EPERM as u32),
@@ -73,7 +73,7 @@ pub(super) fn build() -> Result<Program, seccompiler::BackendError> {
 
 /// Names and numbers of the calls that are allowed whatever their arguments.
 /// Names are those of libseccomp, in which other runtimes take a profile.
-pub(super) fn always_allowed() -> impl Iterator<Item = (String, i64)> {
+pub(crate) fn always_allowed() -> impl Iterator<Item = (String, i64)> {
     let of_kernel = |name: &str| name.trim_start_matches("SYS_").to_lowercase();
     ALWAYS_ALLOWED.iter().chain(ALWAYS_ALLOWED_HERE).map(move |(name, number)| (of_kernel(name), *number))
 }
@@ -145,11 +145,11 @@ const AUDIT_ARCH: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 const AUDIT_ARCH: u32 = 0xc000_00b7;
 
-fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+pub(crate) fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt, jf, k }
 }
 
-fn load(offset: u32) -> libc::sock_filter {
+pub(crate) fn load(offset: u32) -> libc::sock_filter {
     instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
 }
 
@@ -169,7 +169,7 @@ fn jump_if_greater_or_equal(value: u32, then: u8, otherwise: u8) -> libc::sock_f
     instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, then, otherwise, value)
 }
 
-fn give(action: u32) -> libc::sock_filter {
+pub(crate) fn give(action: u32) -> libc::sock_filter {
     instruction(libc::BPF_RET | libc::BPF_K, 0, 0, action)
 }
 
@@ -177,22 +177,22 @@ fn give(action: u32) -> libc::sock_filter {
 /// are the same on every architecture.
 mod newer {
     #[cfg(target_arch = "x86_64")]
-    pub(super) const IO_PGETEVENTS: i64 = 333;
+    pub(crate) const IO_PGETEVENTS: i64 = 333;
     #[cfg(target_arch = "aarch64")]
-    pub(super) const IO_PGETEVENTS: i64 = 292;
-    pub(super) const CACHESTAT: i64 = 451;
-    pub(super) const FCHMODAT2: i64 = 452;
-    pub(super) const MAP_SHADOW_STACK: i64 = 453;
-    pub(super) const FUTEX_WAKE: i64 = 454;
-    pub(super) const FUTEX_WAIT: i64 = 455;
-    pub(super) const FUTEX_REQUEUE: i64 = 456;
-    pub(super) const STATMOUNT: i64 = 457;
-    pub(super) const LISTMOUNT: i64 = 458;
-    pub(super) const MSEAL: i64 = 462;
-    pub(super) const SETXATTRAT: i64 = 463;
-    pub(super) const GETXATTRAT: i64 = 464;
-    pub(super) const LISTXATTRAT: i64 = 465;
-    pub(super) const REMOVEXATTRAT: i64 = 466;
+    pub(crate) const IO_PGETEVENTS: i64 = 292;
+    pub(crate) const CACHESTAT: i64 = 451;
+    pub(crate) const FCHMODAT2: i64 = 452;
+    pub(crate) const MAP_SHADOW_STACK: i64 = 453;
+    pub(crate) const FUTEX_WAKE: i64 = 454;
+    pub(crate) const FUTEX_WAIT: i64 = 455;
+    pub(crate) const FUTEX_REQUEUE: i64 = 456;
+    pub(crate) const STATMOUNT: i64 = 457;
+    pub(crate) const LISTMOUNT: i64 = 458;
+    pub(crate) const MSEAL: i64 = 462;
+    pub(crate) const SETXATTRAT: i64 = 463;
+    pub(crate) const GETXATTRAT: i64 = 464;
+    pub(crate) const LISTXATTRAT: i64 = 465;
+    pub(crate) const REMOVEXATTRAT: i64 = 466;
 }
 
 type Call = (&'static str, i64);

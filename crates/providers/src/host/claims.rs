@@ -63,20 +63,20 @@ fn is_plausible(id: &str) -> bool {
 
 /// The claims of one kind.
 #[derive(Debug)]
-pub(super) struct Claims {
+pub(crate) struct Claims {
     dir: PathBuf,
     owner: Instance,
 }
 
 impl Claims {
-    pub(super) fn open(run_dir: &Path, kind: &str, owner: Instance) -> io::Result<Self> {
+    pub(crate) fn open(run_dir: &Path, kind: &str, owner: Instance) -> io::Result<Self> {
         let dir = run_dir.join(kind);
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
         Ok(Self { dir, owner })
     }
 
     /// Takes the lowest number below `count` that is free and `fits`.
-    pub(super) fn take(&self, count: u32, fits: impl Fn(u32) -> bool) -> io::Result<Option<u32>> {
+    pub(crate) fn take(&self, count: u32, fits: impl Fn(u32) -> bool) -> io::Result<Option<u32>> {
         let _lock = self.lock()?;
         for number in (0..count).filter(|number| fits(*number)) {
             if self.holder(number)?.is_none_or(|holder| !holder.exists()) {
@@ -88,7 +88,7 @@ impl Claims {
     }
 
     /// Numbers this server holds, in order.
-    pub(super) fn held(&self) -> io::Result<Vec<u32>> {
+    pub(crate) fn held(&self) -> io::Result<Vec<u32>> {
         let mut held = Vec::new();
         for entry in std::fs::read_dir(&self.dir)? {
             let Some(number) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -100,7 +100,7 @@ impl Claims {
         Ok(held)
     }
 
-    pub(super) fn release(&self, number: u32) -> io::Result<()> {
+    pub(crate) fn release(&self, number: u32) -> io::Result<()> {
         let _lock = self.lock()?;
         if self.holder(number)?.as_ref() == Some(&self.owner) {
             std::fs::remove_file(self.path(number))?;

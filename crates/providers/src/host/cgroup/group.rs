@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::detect::Controller;
 use super::{Limits, Place};
-use crate::oci::process;
+use crate::host::process;
 
 /// Period in which a quota of processor time is counted (the kernel's default).
 pub(super) const CPU_PERIOD_USEC: u64 = 100_000;
@@ -23,13 +23,13 @@ const LONGEST_WAIT: Duration = Duration::from_millis(100);
 
 /// A reading; zero where the host has no such controller.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(in crate::oci) struct Reading {
-    pub(in crate::oci) cpu_usec: u64,
+pub(crate) struct Reading {
+    pub(crate) cpu_usec: u64,
     /// Without file pages the kernel can drop at will, as Docker counts.
-    pub(in crate::oci) memory_bytes: u64,
-    pub(in crate::oci) pids: u64,
-    pub(in crate::oci) oom_kills: u64,
-    pub(in crate::oci) pids_refused: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) pids: u64,
+    pub(crate) oom_kills: u64,
+    pub(crate) pids_refused: u64,
 }
 
 pub(super) fn limit_v1(controller: Controller, group: &Path, limits: &Limits) -> io::Result<()> {
@@ -104,7 +104,7 @@ impl Reading {
 }
 
 /// Kills what is in a group and removes it. One that does not exist is fine.
-pub(in crate::oci) fn remove(group: &Path) -> io::Result<()> {
+pub(crate) fn remove(group: &Path) -> io::Result<()> {
     let mut wait = Duration::from_millis(1);
     for _ in 0..REMOVE_ATTEMPTS {
         match std::fs::remove_dir(group) {

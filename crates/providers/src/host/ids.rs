@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use super::claims::Claims;
 
 /// Uids (and gids) of one sandbox.
-pub(super) const RANGE: u32 = 65_536;
+pub(crate) const RANGE: u32 = 65_536;
 
 /// First uid given out. What lies below is used by distributions, `/etc/subuid`
 /// and systemd (whose containers end at 0x6fff_ffff).
@@ -25,7 +25,7 @@ const RANGES_PER_BLOCK: u32 = 64;
 
 const BLOCKS: u32 = (END - FIRST) / RANGE / RANGES_PER_BLOCK;
 
-pub(super) struct UidRanges {
+pub(crate) struct UidRanges {
     /// `None` for an ordinary user, who has but one range, which all his
     /// sandboxes share.
     claims: Option<Claims>,
@@ -41,19 +41,19 @@ struct State {
 impl UidRanges {
     /// Takes up the blocks an earlier process of this server claimed; `used`
     /// are the bases of its sandboxes.
-    pub(super) fn open(claims: Claims, used: impl IntoIterator<Item = u32>) -> io::Result<Self> {
+    pub(crate) fn open(claims: Claims, used: impl IntoIterator<Item = u32>) -> io::Result<Self> {
         let blocks = claims.held()?.into_iter().collect();
         let state = Mutex::new(State { blocks, used: used.into_iter().collect() });
         Ok(Self { claims: Some(claims), state })
     }
 
     /// The one range of an ordinary user's spawner, in its own counting.
-    pub(super) fn shared() -> Self {
+    pub(crate) fn shared() -> Self {
         Self { claims: None, state: Mutex::default() }
     }
 
     /// A range nobody uses; `None` when the host has no more.
-    pub(super) fn take(&self) -> io::Result<Option<u32>> {
+    pub(crate) fn take(&self) -> io::Result<Option<u32>> {
         let Some(claims) = &self.claims else { return Ok(Some(0)) };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let free = state.blocks.iter().flat_map(|block| bases(*block)).find(|base| !state.used.contains(base));
@@ -71,12 +71,12 @@ impl UidRanges {
         Ok(Some(base))
     }
 
-    pub(super) fn give_back(&self, base: u32) {
+    pub(crate) fn give_back(&self, base: u32) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).used.remove(&base);
     }
 
     /// Returns blocks to the host in which nothing is used.
-    pub(super) fn release_unused(&self) -> io::Result<()> {
+    pub(crate) fn release_unused(&self) -> io::Result<()> {
         let Some(claims) = &self.claims else { return Ok(()) };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let State { blocks, used } = &mut *state;
@@ -97,7 +97,7 @@ fn bases(block: u32) -> impl Iterator<Item = u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oci::claims::Instance;
+    use crate::host::claims::Instance;
 
     #[test]
     fn ranges_never_overlap_and_come_back() {

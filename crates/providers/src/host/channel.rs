@@ -10,21 +10,22 @@ use rustix::fs::{Mode, OFlags};
 use stacyvm_sandbox::{AgentChannel, AgentIo};
 use tokio::net::UnixStream;
 
-use super::state;
+/// In a sandbox's directory.
+const SOCKET: &str = "agent.sock";
 
 /// Opens streams to one sandbox's agent.
-pub(super) struct OciChannel {
+pub(crate) struct SocketChannel {
     directory: OwnedFd,
 }
 
-impl OciChannel {
-    pub(super) fn new(sandbox: &Path) -> io::Result<Self> {
+impl SocketChannel {
+    pub(crate) fn new(sandbox: &Path) -> io::Result<Self> {
         Ok(Self { directory: open_dir(sandbox)? })
     }
 }
 
 #[async_trait]
-impl AgentChannel for OciChannel {
+impl AgentChannel for SocketChannel {
     async fn open(&self) -> io::Result<Box<dyn AgentIo>> {
         Ok(Box::new(UnixStream::connect(path_in(&self.directory)).await?))
     }
@@ -32,7 +33,7 @@ impl AgentChannel for OciChannel {
 
 /// The socket that the agent will inherit. Bound by the host in a directory
 /// that is never visible inside, so that only the host can connect.
-pub(super) fn listen(sandbox: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn listen(sandbox: &Path) -> io::Result<OwnedFd> {
     let directory = open_dir(sandbox)?;
     Ok(UnixListener::bind(path_in(&directory))?.into())
 }
@@ -44,5 +45,5 @@ fn open_dir(path: &Path) -> io::Result<OwnedFd> {
 /// A socket's address holds at most 107 bytes; this way a data directory may
 /// be as deep as it likes.
 fn path_in(directory: &OwnedFd) -> String {
-    format!("/proc/self/fd/{}/{}", directory.as_raw_fd(), state::socket_name())
+    format!("/proc/self/fd/{}/{}", directory.as_raw_fd(), SOCKET)
 }

@@ -7,10 +7,20 @@ use std::os::unix::fs::MetadataExt;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-use super::spawner::protocol::Identity;
+use serde::{Deserialize, Serialize};
+
+/// Who a sandbox's init is. A number alone may be somebody else's tomorrow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub(crate) pid: i32,
+    /// Clock ticks after boot (field 22 of `/proc/PID/stat`).
+    pub(crate) start_time: u64,
+    /// Inode of its pid namespace.
+    pub(crate) pid_namespace: u64,
+}
 
 /// Describes a process so that it can be told from a later one with its pid.
-pub(super) fn identify(pid: Pid) -> io::Result<Identity> {
+pub(crate) fn identify(pid: Pid) -> io::Result<Identity> {
     let directory = format!("/proc/{}", pid.as_raw_pid());
     let stat = std::fs::read_to_string(format!("{directory}/stat"))?;
     let start_time = start_time(&stat).ok_or(io::ErrorKind::InvalidData)?;
@@ -22,7 +32,7 @@ pub(super) fn identify(pid: Pid) -> io::Result<Identity> {
 ///
 /// The pidfd comes first and the comparison after: what is compared then
 /// cannot be replaced by a newcomer between the two.
-pub(super) fn open(identity: &Identity) -> io::Result<Option<OwnedFd>> {
+pub(crate) fn open(identity: &Identity) -> io::Result<Option<OwnedFd>> {
     let Some(pid) = Pid::from_raw(identity.pid) else { return Ok(None) };
     let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
         Ok(pidfd) => pidfd,
@@ -38,7 +48,7 @@ pub(super) fn open(identity: &Identity) -> io::Result<Option<OwnedFd>> {
 }
 
 /// Whether the process behind a pidfd has exited (it may still be a zombie).
-pub(super) fn has_ended(pidfd: impl AsFd) -> io::Result<bool> {
+pub(crate) fn has_ended(pidfd: impl AsFd) -> io::Result<bool> {
     use rustix::event::{PollFd, PollFlags, Timespec};
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     Ok(rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&now))? > 0)
@@ -46,7 +56,7 @@ pub(super) fn has_ended(pidfd: impl AsFd) -> io::Result<bool> {
 
 /// The root directory of the process behind a pidfd, to look at; `None` when
 /// it has ended.
-pub(super) fn root(pidfd: impl AsFd) -> io::Result<Option<OwnedFd>> {
+pub(crate) fn root(pidfd: impl AsFd) -> io::Result<Option<OwnedFd>> {
     let Some(pid) = number(&pidfd)? else { return Ok(None) };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     match rustix::fs::open(format!("/proc/{pid}/root"), flags, Mode::empty()) {
@@ -58,14 +68,14 @@ pub(super) fn root(pidfd: impl AsFd) -> io::Result<Option<OwnedFd>> {
 }
 
 /// The process id behind a pidfd; `None` once the process was reaped.
-pub(super) fn number(pidfd: impl AsFd) -> io::Result<Option<i32>> {
+pub(crate) fn number(pidfd: impl AsFd) -> io::Result<Option<i32>> {
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_fd().as_raw_fd()))?;
     let number = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
     Ok(number.filter(|pid| *pid > 0))
 }
 
 /// Kills; that the process is gone already is fine.
-pub(super) fn kill(pidfd: impl AsFd) -> io::Result<()> {
+pub(crate) fn kill(pidfd: impl AsFd) -> io::Result<()> {
     match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
         Err(rustix::io::Errno::SRCH) | Ok(()) => Ok(()),
         Err(error) => Err(error.into()),

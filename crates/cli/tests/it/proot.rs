@@ -1,0 +1,81 @@
+//! The provider `proot`, from making its root to a command in a sandbox.
+
+use serde_json::Value;
+
+use crate::support::{Server, Site};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_is_made_and_commands_run_in_it() {
+    let site = Site::with_image();
+    let rootfs = site.home().join("rootfs");
+    let path = rootfs.to_str().expect("text").to_owned();
+    site.run(&["rootfs", "build", "--image", "alpine:latest", &path]).await.ok().says("made");
+    assert!(rootfs.join("bin/busybox").is_file());
+    let again = site.run(&["rootfs", "build", "--image", "alpine:latest", &path]).await;
+    again.failed(1).says("is there already");
+
+    let server = Server::start_with(&site, |serve| {
+        serve.arg("--destroy-on-exit");
+        serve.env("STACYVM_PROVIDERS_DEFAULT", "proot").env("STACYVM_PROVIDERS_PROOT_ROOTFS_PATH", &path);
+    })
+    .await;
+    for image in ["rootfs", "alpine:latest"] {
+        let ran = server.run(&["run", "--image", image, "--", "sh", "-c", "id -u; pwd; cat /etc/hostname"]).await.ok();
+        assert!(ran.stdout().starts_with("0\n/workspace\n"), "{ran}");
+    }
+    let shown: Value = server.run(&["providers", "proot", "--json"]).await.json();
+    let names: Vec<_> = shown["health"]["findings"].as_array().expect("a list").iter().collect();
+    let level = |name: &str| names.iter().find(|finding| finding["name"] == name).expect("a finding")["level"].clone();
+    assert_eq!(level("proot.binary"), "ok", "{shown}");
+    assert_eq!(level("proot.rootfs"), "ok", "{shown}");
+    // busybox has a shell, and none of the languages.
+    assert_eq!(level("proot.languages"), "warning", "{shown}");
+    let kept = server.run(&["list", "--json"]).await.ok();
+    assert!(!kept.stdout().contains("running"), "{kept}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_namespaces_a_key_is_needed() {
+    let site = Site::with_image();
+    // Sandboxes of root's are other users, who have to get there.
+    let base = tempfile::tempdir().expect("a directory");
+    std::fs::set_permissions(base.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("open to all");
+    let start = async |key: Option<&str>| {
+        Server::start_with(&site, |serve| {
+            serve.arg("--destroy-on-exit");
+            serve.env("STACYVM_PROVIDERS_DEFAULT", "proot").env("STACYVM_PROVIDERS_PROOT_NAMESPACES", "false");
+            serve.env_remove("STACYVM_DEFAULTS_NETWORK");
+            serve.env("STACYVM_PROVIDERS_PROOT_WORKSPACE_BASE", base.path().join("base"));
+            if let Some(key) = key {
+                serve.env("STACYVM_AUTH_API_KEY", key);
+            }
+        })
+        .await
+    };
+    let open = start(None).await;
+    open.run(&["run", "--", "true"]).await.failed(125).says("stacyvm key create");
+    drop(open);
+    let closed = start(Some("a-key-of-the-test-with-32-characters")).await;
+    let mut command = closed.program(&["run", "--", "echo", "works"]);
+    command.env("STACYVM_API_KEY", "a-key-of-the-test-with-32-characters");
+    let ran = crate::support::run(command, b"").await.ok();
+    assert_eq!(ran.stdout(), "works\n", "{ran}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_distribution_is_made_and_its_python_runs() {
+    let site = Site::with_image();
+    let rootfs = site.home().join("debian");
+    let path = rootfs.to_str().expect("text").to_owned();
+    // A whole distribution: minutes on a loaded machine, and it says how far it is.
+    let mut build = tokio::process::Command::from(site.program());
+    let made = build.args(["rootfs", "build", "--include", "python3-minimal", &path]).output().await.expect("it runs");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let server = Server::start_with(&site, |serve| {
+        serve.arg("--destroy-on-exit");
+        serve.env("STACYVM_PROVIDERS_DEFAULT", "proot").env("STACYVM_PROVIDERS_PROOT_ROOTFS_PATH", &path);
+    })
+    .await;
+    let ran = server.run(&["run", "--image", "rootfs", "--", "python3", "-c", "print(6*7)"]).await.ok();
+    assert_eq!(ran.stdout(), "42\n", "{ran}");
+}

@@ -1,0 +1,125 @@
+//! Holding limits that the kernel does not hold here.
+//!
+//! A few times a second it adds up what PRoot's guests use. Beyond the memory
+//! limit the largest of them is killed, as the kernel would; beyond the limits
+//! on processes or files all are, but not the agent, so that callers can still
+//! look and clean up. A sandbox whose agent is gone is ended.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, Dir, FileType};
+
+use super::copy::open_directory;
+use super::members::{self, Member};
+use super::registry::Live;
+use super::runtime::Runtime;
+use super::state;
+use crate::host::process;
+
+/// How often memory and processes are looked at.
+const PERIOD: Duration = Duration::from_millis(200);
+
+/// Files are counted in every so many of those.
+const DISK_EVERY: u64 = 25;
+
+/// Deeper trees count as full: no descriptor table is deeper.
+const MAX_DEPTH: usize = 300;
+
+/// Looks until it is dropped.
+pub(super) async fn watch(runtime: &Arc<Runtime>) {
+    let mut timer = tokio::time::interval(PERIOD);
+    timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    for round in 0u64.. {
+        timer.tick().await;
+        let live = runtime.registry.live();
+        if live.is_empty() {
+            continue;
+        }
+        let layout = runtime.layout.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            for live in live {
+                let root = state::root_dir(&layout.sandbox(&live.record.id));
+                let disk = (live.record.watched.disk && round.is_multiple_of(DISK_EVERY)).then_some(root);
+                look(&live, disk.as_deref());
+            }
+        });
+        if looked.await.is_err() {
+            tracing::warn!("a look at what sandboxes use failed");
+        }
+    }
+}
+
+fn look(live: &Live, root: Option<&Path>) {
+    let (record, proot) = (&live.record, live.identity.pid);
+    if process::has_ended(live.proot()).unwrap_or(true) {
+        return;
+    }
+    let agent = live.agent.as_ref().map(|agent| agent.pid);
+    if live.agent.as_ref().is_some_and(|agent| matches!(process::open(agent), Ok(None))) {
+        tracing::warn!(sandbox = %record.id, "the agent is gone; its sandbox is ended");
+        members::kill(proot, members::of(proot).iter().map(|member| member.pid));
+        let _ = process::kill(live.proot());
+        return;
+    }
+    let commands = |members: &[Member]| -> Vec<Member> {
+        members.iter().copied().filter(|member| Some(member.pid) != agent).collect()
+    };
+    if record.watched.memory || record.watched.pids {
+        let members = members::of(proot);
+        let used: u64 = members.iter().map(|member| member.memory_bytes).sum();
+        if record.watched.memory
+            && used > record.memory_limit_bytes
+            && let Some(largest) = commands(&members).into_iter().max_by_key(|member| member.memory_bytes)
+        {
+            tracing::info!(sandbox = %record.id, used, "beyond its memory limit; its largest process is killed");
+            members::kill(proot, [largest.pid]);
+            live.count_oom_kill();
+        }
+        if record.watched.pids && record.pids_limit > 0 && members.len() as u64 > record.pids_limit {
+            tracing::info!(sandbox = %record.id, "beyond its limit on processes; its commands are killed");
+            members::kill(proot, commands(&members).into_iter().map(|member| member.pid));
+        }
+    }
+    if let Some(root) = root {
+        let used = disk_bytes(root).unwrap_or(0);
+        if used > record.disk_limit_bytes {
+            tracing::info!(sandbox = %record.id, used, "beyond its disk limit; its commands are killed");
+            members::kill(proot, commands(&members::of(proot)).into_iter().map(|member| member.pid));
+        }
+    }
+}
+
+/// What a tree takes on disk. The guest changes it meanwhile, and may nest it
+/// as deep as it likes; links are not followed.
+pub(super) fn disk_bytes(root: &Path) -> io::Result<u64> {
+    let root = open_directory(rustix::fs::CWD, root)?;
+    Ok(below(&root.into(), 0))
+}
+
+fn below(directory: &File, depth: usize) -> u64 {
+    if depth > MAX_DEPTH {
+        return u64::MAX;
+    }
+    let Ok(entries) = Dir::read_from(directory) else { return 0 };
+    let mut total = 0u64;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let Ok(stat) = rustix::fs::statat(directory.as_fd(), name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+        // A file with several names counts once for each: it cannot be told.
+        total = total.saturating_add(stat.st_blocks.cast_unsigned() * 512);
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+            && let Ok(inner) = open_directory(directory, name)
+        {
+            total = total.saturating_add(below(&inner.into(), depth + 1));
+        }
+    }
+    total
+}

@@ -1,0 +1,52 @@
+//! Limits that a watcher holds, where there are no control groups.
+
+use stacyvm_api::Limit;
+use stacyvm_sandbox::{Provider as _, ProviderError, SandboxSpec};
+
+use crate::ordinary_user::{Circumstances, as_ordinary_user};
+use crate::proot_fixture::{Apart, Proot};
+
+#[test]
+fn a_watcher_holds_memory_and_files() {
+    const NAME: &str = "proot_limits::a_watcher_holds_memory_and_files";
+    as_ordinary_user(NAME, Circumstances::ALONE, async || {
+        let fixture = Proot::start(Apart::Shared).await;
+        let mut spec = SandboxSpec { memory_mib: 48, requested: [Limit::Memory, Limit::Disk].into(), ..fixture.spec() };
+        spec.disk.size_mib = Some(24);
+        let id = fixture.create(&spec).await;
+        let ran = fixture.sh(&id, "tail /dev/zero").await;
+        assert_ne!(ran.exit.code, Some(0), "{ran:?}");
+        assert_eq!(fixture.output(&id, "echo alive").await, "alive");
+        let usage = fixture.provider.usage(&id).await.expect("a reading");
+        assert!(usage.oom_kills >= 1 && usage.memory_limit_bytes == 48 << 20, "{usage:?}");
+        // One file is bounded at once, many of them a little later.
+        let ran = fixture
+            .sh(&id, "dd if=/dev/zero of=/workspace/big bs=1M count=60; ls -l /workspace/big; rm /workspace/big")
+            .await;
+        assert!(ran.stdout.contains(&(24 << 20).to_string()), "{ran:?}");
+        let fill = "i=0; while true; do dd if=/dev/zero of=/workspace/f$i bs=1M count=4 2>/dev/null; sleep 0.3; i=$((i+1)); done";
+        let ran = fixture.sh(&id, fill).await;
+        assert!(ran.exit.signal.is_some() || ran.exit.code != Some(0), "{ran:?}");
+        assert_eq!(fixture.output(&id, "rm -f /workspace/f*; echo cleaned").await, "cleaned");
+        fixture.provider.destroy(&id).await.expect("destroyed");
+        fixture.finish().await;
+    });
+}
+
+#[test]
+fn what_nobody_holds_is_refused() {
+    const NAME: &str = "proot_limits::what_nobody_holds_is_refused";
+    as_ordinary_user(NAME, Circumstances::ALONE, async || {
+        let fixture = Proot::start(Apart::Shared).await;
+        let spec = SandboxSpec { vcpus: 0.5, requested: [Limit::Cpu, Limit::Pids].into(), ..fixture.spec() };
+        let refused = fixture.provider.create(&stacyvm_api::SandboxId::random(), &spec, &()).await;
+        let Err(ProviderError::LimitUnsupported { message, hint }) = refused else { panic!("{refused:?}") };
+        assert!(message.contains("cpu") && message.contains("pids") && hint.contains("allow_unenforced"), "{message}");
+        let accepted = SandboxSpec { allow_unenforced: true, ..spec };
+        let id = stacyvm_api::SandboxId::random();
+        let created = fixture.provider.create(&id, &accepted, &()).await.expect("accepted");
+        assert!(created.limits.unenforced.contains(&Limit::Cpu) && created.limits.enforced.contains(&Limit::Memory));
+        fixture.provider.destroy(&id).await.expect("destroyed");
+        fixture.finish().await;
+    });
+}
