@@ -20,6 +20,7 @@ use super::output::OutputKind;
 use super::run::{Pipes, read_report};
 use super::supervisor::{Plan, PlanOptions, Report, Step};
 use super::{Process, StartOptions, State, terminal};
+use crate::boot::NOBODY_ELSE;
 use crate::descriptor::watch_descriptor;
 use crate::user::Identity;
 use crate::{Failure, Sandbox, kernel};
@@ -40,6 +41,9 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
     let program = options.argv.first().filter(|program| !program.is_empty());
     let program = program.ok_or_else(|| Failure::InvalidArgument("the command is empty".to_owned()))?;
     let identity = sandbox.identity(options.user.as_deref())?;
+    if identity.uid == NOBODY_ELSE {
+        return Err(Failure::InvalidArgument(format!("uid {NOBODY_ELSE} is the agent's own; name another user")));
+    }
     let workdir = resolve_workdir(sandbox, options.workdir.as_deref(), &identity)?;
     let env = environment(sandbox, &options.env, &identity);
 
