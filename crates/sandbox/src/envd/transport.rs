@@ -115,7 +115,7 @@ impl Transport {
         let mut wait = FIRST_LOOK;
         loop {
             sleep(wait).await;
-            if !matches!(timeout(SIGN_TIME, self.shows_life()).await, Ok(true)) {
+            if !matches!(timeout(SIGN_TIME, Box::pin(self.shows_life())).await, Ok(true)) {
                 return;
             }
             wait *= 2;
