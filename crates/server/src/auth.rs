@@ -323,16 +323,12 @@ fn percent_decoded(text: &str) -> Option<String> {
     let mut decoded = Vec::with_capacity(text.len());
     let mut at = 0;
     while let Some(&byte) = text.as_bytes().get(at) {
-        match (byte, digit(at + 1), digit(at + 2)) {
-            (b'%', Some(high), Some(low)) => {
-                decoded.push((high * 16 + low) as u8);
-                at += 3;
-            }
-            _ => {
-                decoded.push(byte);
-                at += 1;
-            }
-        }
+        let (shown, length) = match (byte, digit(at + 1), digit(at + 2)) {
+            (b'%', Some(high), Some(low)) => ((high * 16 + low) as u8, 3),
+            (plain, _, _) => (plain, 1),
+        };
+        decoded.push(shown);
+        at += length;
     }
     (decoded.len() < text.len()).then(|| String::from_utf8_lossy(&decoded).into_owned())
 }
@@ -497,7 +493,7 @@ mod tests {
         for plain in ["/api/v1/sandboxes/e2b_1", "/a%20b/%65%32b_1", "/100%", "/%zz/%f", "/%2525"] {
             assert_eq!(authenticator.without_keys(plain), plain);
         }
-        let encoded = |text: &str| text.bytes().map(|byte| format!("%{byte:02x}")).collect::<String>();
+        let encoded = |text: &str| text.bytes().fold(String::new(), |text, byte| format!("{text}%{byte:02x}"));
         let partly = format!("/a/{}", key.replacen("b_", "%62%5F", 1));
         assert_eq!(authenticator.without_keys(&partly), "/a/e2b_…");
         for text in [&key, configured, &encoded(&key), &encoded(configured), &encoded(&encoded(&key))] {

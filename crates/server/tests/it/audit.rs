@@ -115,7 +115,7 @@ async fn refusals_are_recorded_whatever_they_were_for() {
 async fn an_encoded_key_in_a_path_is_in_no_record() {
     let fixture = keyed().await;
     let key = fixture.stored_key("ci", &["api"]).await;
-    let (digits, encoded) = (&key[4..], key.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>());
+    let (digits, encoded) = (&key[4..], key.bytes().fold(String::new(), |text, byte| format!("{text}%{byte:02X}")));
     for path in [format!("/sandboxes/%65%32%62%5F{digits}"), format!("/sandboxes/{encoded}/files?path={encoded}")] {
         assert_eq!(fixture.delete(&path).await.failure().0, 400, "{path}");
         assert_eq!(fixture.api("DELETE", &path).key("wrong").send().await.failure().0, 401, "{path}");
