@@ -23,6 +23,9 @@ use crate::{Sandbox, lifecycle, serve};
 const BLOCKING_THREADS: usize = 4;
 const FOREVER: Duration = Duration::from_hours(100 * 365 * 24);
 
+/// A uid that no image gives to anybody: the last of a sandbox's 65,536.
+pub(crate) const NOBODY_ELSE: u32 = 65_535;
+
 /// Who may look into this process's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Memory {
@@ -63,6 +66,7 @@ pub(crate) fn serve() -> io::Result<()> {
 pub(crate) fn run(config: BootConfig, listener: StdUnixListener, peers: Peers) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let open_files = raise_open_files();
+    stand_apart();
     become_reaper();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -145,6 +149,19 @@ fn raise_open_files() -> Option<libc::rlimit> {
     rustix::process::setrlimit(Resource::Nofile, raised).ok()?;
     let number = |limit: Option<u64>| limit.unwrap_or(libc::RLIM_INFINITY);
     Some(libc::rlimit { rlim_cur: number(before.current), rlim_max: number(before.maximum) })
+}
+
+/// The guest's root has the agent's uid, and could so set its resource limits:
+/// with none of its descriptors left it would answer nobody. The kernel asks
+/// for all three uids (`check_prlimit_permission`), else for a capability that
+/// a guest does not have, so one that differs is enough. What the agent may do
+/// itself is decided by the others; helpers inherit this, commands do not.
+fn stand_apart() {
+    if rustix::process::geteuid().is_root() {
+        // SAFETY: plain numbers, and nothing else runs yet. Where there is no
+        // such uid, or no right to take it, everything stays as it was.
+        unsafe { libc::setresuid(u32::MAX, u32::MAX, NOBODY_ELSE) };
+    }
 }
 
 /// Orphans become children of this process and the kernel reaps them: nothing

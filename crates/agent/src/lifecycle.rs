@@ -21,12 +21,11 @@ const POLL: Duration = Duration::from_millis(20);
 /// Returns when the sandbox is over and everything in it is dead or dying.
 pub(crate) async fn until_ended(sandbox: Arc<Sandbox>) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
     // A lost terminal means nothing to a server.
     let _hangup = signal(SignalKind::hangup())?;
     tokio::select! {
         _ = terminate.recv() => forward(&sandbox, libc::SIGTERM).await,
-        _ = interrupt.recv() => forward(&sandbox, libc::SIGINT).await,
+        () = interrupted(sandbox.is_init()) => forward(&sandbox, libc::SIGINT).await,
         () = expired(&sandbox) => {}
     }
     if sandbox.is_init() {
@@ -34,6 +33,18 @@ pub(crate) async fn until_ended(sandbox: Arc<Sandbox>) -> io::Result<()> {
     }
     sandbox.processes.kill_all().await;
     Ok(())
+}
+
+/// Never, for a sandbox's first process: nobody there means it with a key
+/// press, and the kernel keeps from it what it has no handler for.
+async fn interrupted(is_init: bool) {
+    if is_init {
+        return std::future::pending().await;
+    }
+    match signal(SignalKind::interrupt()) {
+        Ok(mut interrupt) => drop(interrupt.recv().await),
+        Err(_) => std::future::pending().await,
+    }
 }
 
 /// Passes a signal on and waits a little for what runs to end by itself.

@@ -8,7 +8,8 @@
 //! - `boot`: from the launcher's configuration to a running server; `init`: the
 //!   same as the first program of somebody else's container; `kernel`: what
 //!   both run on.
-//! - `serve`: connections, the token, routes.
+//! - `serve`: connections, the token, routes; `wakeful`: a kernel that forgets
+//!   to say that one has ended.
 //! - `rpc`: the Connect services; `web`: the plain HTTP part.
 //! - `process`, `files`, `net`, `console`: what they offer.
 //! - `lifecycle`: signals and the sandbox's own deadline.
@@ -28,6 +29,7 @@ mod rpc;
 mod sandbox;
 mod serve;
 mod user;
+mod wakeful;
 mod web;
 
 use std::process::ExitCode;

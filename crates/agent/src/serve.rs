@@ -21,6 +21,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 
+use crate::wakeful::Wakeful;
 use crate::{Failure, Sandbox, rpc, web};
 
 pub(crate) type Body = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
@@ -111,7 +112,7 @@ async fn connection(stream: UnixStream, sandbox: Arc<Sandbox>, service: rpc::Ser
         .max_frame_size(FRAME_BYTES)
         .max_send_buf_size(SEND_BUFFER_BYTES)
         .max_header_list_size(MAX_HEADER_BYTES);
-    let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), handler);
+    let serving = builder.serve_connection_with_upgrades(TokioIo::new(Wakeful::new(stream)), handler);
     tokio::pin!(serving);
     tokio::select! {
         // What a client does wrong on its connection is its own affair.

@@ -34,15 +34,18 @@ pub struct CreateRequest {
     pub provider: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
+    /// 16 at least; 0 means the default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
-    /// Processors, at most. Fractions such as `0.5` are allowed.
+    /// Processors, at most. Fractions such as `0.5` are allowed, down to 0.01;
+    /// 0 means the default.
     #[serde(serialize_with = "maybe_whole_number", skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_size_mb: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
+    /// Processes and threads, at most: 16 to 4194304; 0 means the default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pids_limit: Option<u64>,
     #[serde(deserialize_with = "crate::duration::blank_is_none", skip_serializing_if = "Option::is_none")]

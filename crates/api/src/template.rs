@@ -35,17 +35,20 @@ pub struct Template {
     /// User (name or uid) that commands run as; the image's own by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
+    /// As of a create: 16 at least; 0 means the default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_size_mb: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
+    /// As of a create: 16 to 4194304; 0 means the default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pids_limit: Option<u64>,
     /// Accept sandboxes on which some requested limits cannot be enforced.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_unenforced: Option<bool>,
+    /// As of a create: 0.01 at least; 0 means the default.
     #[serde(serialize_with = "crate::sandbox::maybe_whole_number", skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<f64>,
     #[serde(serialize_with = "crate::sandbox::maybe_whole_number", skip_serializing_if = "Option::is_none")]

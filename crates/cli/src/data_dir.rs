@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as 
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use stacyvm_engine::StoreError;
 
 use crate::failure::Advice;
 
@@ -14,6 +15,15 @@ const SYSTEM_DIR: &str = "/var/lib/stacyvm";
 const USER_DIR: &str = ".local/share/stacyvm";
 const LOCK_FILE: &str = "server.lock";
 const SECRET_FILE: &str = "server.secret";
+
+/// Takes up room that a server which starts on a full disk then has.
+const RESERVE_FILE: &str = "server.reserve";
+
+/// More than a start writes: records, the database's log, the host image.
+const RESERVE_BYTES: u64 = 16 << 20;
+
+/// The reserve is made where there is this many times as much room.
+const RESERVE_SHARE: u64 = 4;
 
 /// Bytes of the server secret.
 pub(crate) const SECRET_BYTES: usize = 32;
@@ -74,12 +84,54 @@ impl DataDirLock {
             Err(std::fs::TryLockError::WouldBlock) => return Err(in_use(dir, &mut file).into()),
             Err(std::fs::TryLockError::Error(error)) => return Err(error).with_context(cannot),
         }
-        file.set_len(0)
-            .and_then(|()| file.rewind())
-            .and_then(|()| writeln!(file, "{}", std::process::id()))
-            .with_context(cannot)?;
+        let written =
+            file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+        match written {
+            // The number is for people; the lock holds without it.
+            Err(error) if is_no_space(&error) => {}
+            written => written.with_context(cannot)?,
+        }
         Ok(Self { _file: file })
     }
+}
+
+/// Sets room aside for a later start; where the disk is full, gives what was set
+/// aside to this one, so that what runs can be looked at and destroyed.
+pub(crate) fn keep_room(dir: &Path) {
+    let path = dir.join(RESERVE_FILE);
+    let Ok(disk) = rustix::fs::statvfs(dir) else { return };
+    let available = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if path.exists() {
+        if available < RESERVE_BYTES && std::fs::remove_file(&path).is_ok() {
+            tracing::warn!(dir = %dir.display(), "the disk of the data directory is full: the reserve is used up");
+        }
+    } else if available >= RESERVE_BYTES * RESERVE_SHARE {
+        let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).and_then(|file| {
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES).map_err(Into::into)
+        });
+        if let Err(error) = made {
+            // Not every file system can; a start on a full disk then fails.
+            tracing::debug!(%error, "no room could be set aside");
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+/// Says plainly that it is the disk, whatever could not be written.
+pub(crate) fn explain_full_disk(error: anyhow::Error, dir: &Path) -> anyhow::Error {
+    let is_full = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(is_no_space)
+            || cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_disk_full)
+    };
+    if !error.chain().any(is_full) {
+        return error;
+    }
+    let message = format!("the disk that holds the data directory {} is full", dir.display());
+    error.context(Advice::new(message, "free some space there and start again; sandboxes that run are not touched"))
+}
+
+fn is_no_space(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
 /// Whether a server has used the directory, now or earlier.

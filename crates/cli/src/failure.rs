@@ -222,7 +222,9 @@ fn request_id(error: &ClientError) -> Option<&str> {
 }
 
 fn hint(error: &anyhow::Error) -> Option<String> {
-    if let Some(advice) = error.chain().find_map(|cause| cause.downcast_ref::<Advice>()) {
+    // The first finds it as a context too, which is no cause of its own.
+    let advice = error.downcast_ref().or_else(|| error.chain().find_map(|cause| cause.downcast_ref::<Advice>()));
+    if let Some(advice) = advice {
         return Some(advice.hint.clone());
     }
     if let Some(image) = error.chain().find_map(|cause| cause.downcast_ref::<ImageError>()) {

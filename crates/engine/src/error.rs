@@ -60,7 +60,7 @@ pub enum EngineError {
     Provider(#[from] ProviderError),
     #[error(transparent)]
     Session(#[from] SessionError),
-    #[error("the server's database failed")]
+    #[error("{}", store_failure(.0))]
     Store(#[from] StoreError),
     #[error("the server is shutting down")]
     ShuttingDown,
@@ -154,6 +154,9 @@ impl EngineError {
                     .to_owned(),
             ),
             Self::KeyExists(_) => Some("revoke it first, or choose another name".to_owned()),
+            Self::Store(error) => error.is_disk_full().then(|| {
+                "its operator has to free some space; sandboxes can be used and destroyed meanwhile".to_owned()
+            }),
             Self::LastAdminKey(_) => {
                 Some("make another one first, or insist with `force=true` (`stacyvm key revoke --force`)".to_owned())
             }
@@ -173,7 +176,6 @@ impl EngineError {
             | Self::IdempotencyConflict
             | Self::BadEventId(_)
             | Self::ProviderTimeout { .. }
-            | Self::Store(_)
             | Self::ShuttingDown
             | Self::Internal(_)
             | Self::Provider(
@@ -227,6 +229,14 @@ impl EngineError {
             | Self::BadEventId(_)
             | Self::ShuttingDown => None,
         }
+    }
+}
+
+fn store_failure(error: &StoreError) -> &'static str {
+    if error.is_disk_full() {
+        "the disk that holds the server's data directory is full"
+    } else {
+        "the server's database failed"
     }
 }
 

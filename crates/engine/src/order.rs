@@ -29,8 +29,15 @@ const ALLOW_MAX_ENTRIES: usize = 128;
 const MEMORY_MIN_MIB: u64 = 16;
 /// 16 TiB: more than hosts have, and far below where bytes overflow.
 const MEMORY_MAX_MIB: u64 = 1 << 24;
+/// The agent takes five, each command a helper; what is left has to be enough
+/// for a runtime to start them and for a shell with a pipe.
+const PIDS_MIN: u64 = 16;
 /// Processes at most, which is also Linux' own maximum of pids.
 const PIDS_MAX: u64 = 1 << 22;
+/// A kernel's scheduler shares out no less of a processor.
+const VCPUS_MIN: f64 = 0.01;
+/// Most processors Linux can be built for (`NR_CPUS`).
+const VCPUS_MAX: f64 = 8192.0;
 
 /// One sandbox to make, fully resolved.
 #[derive(Clone)]
@@ -179,18 +186,14 @@ impl Shared {
 
     fn check_sizes(&self, order: &Order) -> Result<(), EngineError> {
         let limits = &self.options.limits;
-        if order.memory_mb < MEMORY_MIN_MIB {
-            let asked = order.memory_mb;
-            let message = format!("memory_mb {asked} is too little to run anything: {MEMORY_MIN_MIB} is the minimum");
-            return Err(EngineError::InvalidInput(message));
-        }
+        check_enough(order.memory_mb, order.vcpus, order.pids_limit)?;
         let asked = [
             (
                 "memory_mb",
                 order.memory_mb as f64,
                 Some(limits.max_memory_mb.unwrap_or(MEMORY_MAX_MIB).min(MEMORY_MAX_MIB) as f64),
             ),
-            ("vcpus", order.vcpus, limits.max_vcpus),
+            ("vcpus", order.vcpus, Some(limits.max_vcpus.unwrap_or(VCPUS_MAX).min(VCPUS_MAX))),
             ("disk_size_mb", order.disk_size_mb.unwrap_or(0) as f64, limits.max_disk_size_mb.map(|max| max as f64)),
             ("pids_limit", order.pids_limit as f64, Some(PIDS_MAX as f64)),
         ];
@@ -201,6 +204,24 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// Refuses what no sandbox could start with.
+pub(crate) fn check_enough(memory_mb: u64, vcpus: f64, pids_limit: u64) -> Result<(), EngineError> {
+    let too_little = |what: &str, asked: f64, min: f64, max: f64| {
+        let message = format!("{what} {asked} is too little to run anything: {min} is the minimum, {max} the maximum");
+        Err(EngineError::InvalidInput(message))
+    };
+    if memory_mb < MEMORY_MIN_MIB {
+        return too_little("memory_mb", memory_mb as f64, MEMORY_MIN_MIB as f64, MEMORY_MAX_MIB as f64);
+    }
+    if vcpus < VCPUS_MIN {
+        return too_little("vcpus", vcpus, VCPUS_MIN, VCPUS_MAX);
+    }
+    if pids_limit < PIDS_MIN {
+        return too_little("pids_limit", pids_limit as f64, PIDS_MIN as f64, PIDS_MAX as f64);
+    }
+    Ok(())
 }
 
 pub(crate) fn check_ttl(asked: Duration, max: Option<Duration>) -> Result<Duration, EngineError> {
@@ -329,7 +350,7 @@ fn processors(asked: Option<f64>) -> Result<Option<f64>, EngineError> {
 }
 
 /// Zero means the default, as for the published SDKs.
-fn positive(asked: Option<u64>) -> Option<u64> {
+pub(crate) fn positive(asked: Option<u64>) -> Option<u64> {
     asked.filter(|asked| *asked > 0)
 }
 

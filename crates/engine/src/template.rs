@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use stacyvm_api::{CreateRequest, Duration, Template, TemplateSpawnRequest};
 
 use crate::EngineError;
-use crate::order::check_text;
+use crate::order::{check_enough, check_text, positive};
 use crate::shared::Shared;
 
 /// Published defaults of a new template (http-api 5.5).
@@ -138,6 +138,11 @@ fn checked(template: Template) -> Result<Template, EngineError> {
     if template.vcpus.is_some_and(|cpus| !cpus.is_finite() || cpus < 0.0) {
         return Err(EngineError::InvalidInput("vcpus must be a positive number".to_owned()));
     }
+    check_enough(
+        positive(template.memory_mb).unwrap_or(u64::MAX),
+        template.vcpus.filter(|vcpus| *vcpus > 0.0).unwrap_or(f64::INFINITY),
+        positive(template.pids_limit).unwrap_or(u64::MAX),
+    )?;
     let bytes = serde_json::to_vec(&template).map_or(usize::MAX, |json| json.len());
     if bytes > TEMPLATE_MAX_BYTES {
         return Err(EngineError::InvalidInput(format!("a template has at most {TEMPLATE_MAX_BYTES} bytes as JSON")));

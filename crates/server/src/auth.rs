@@ -19,6 +19,10 @@ use crate::ServerError;
 use crate::error::ApiError;
 use crate::options::{AdminFallback, Authentication, ProbeAccess, Secret, ServerOptions};
 
+/// Layers of percent-encoding that are looked below. A text of more is not
+/// shown at all.
+const ENCODINGS_MAX: usize = 4;
+
 /// What a route demands. Declared once per route in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Scope {
@@ -261,8 +265,27 @@ impl Authenticator {
         }
     }
 
-    /// A text as it may be logged: what a caller puts into a path can hold a key.
+    /// A text as it may be logged: what a caller puts into a path can hold a key,
+    /// also percent-encoded, and then the text is shown decoded.
     pub(crate) fn without_keys<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let mut shown = self.hide_keys(text);
+        let mut layer = percent_decoded(&shown);
+        for _ in 0..ENCODINGS_MAX {
+            let Some(decoded) = layer else { return shown };
+            if let Cow::Owned(hidden) = self.hide_keys(&decoded) {
+                layer = percent_decoded(&hidden);
+                shown = Cow::Owned(hidden.escape_debug().to_string());
+            } else {
+                layer = percent_decoded(&decoded);
+            }
+        }
+        match layer {
+            None => shown,
+            Some(_) => Cow::Owned("…".to_owned()),
+        }
+    }
+
+    fn hide_keys<'a>(&self, text: &'a str) -> Cow<'a, str> {
         let mut clean = Cow::Borrowed(text);
         for secret in [&self.api_key, &self.admin_api_key].into_iter().flatten() {
             if let Some(replaced) = secret.hidden_in(&clean) {
@@ -292,6 +315,22 @@ fn unauthorized(presented: Presented) -> ApiError {
         Presented::ExpiredKey => ("the API key has expired", "ask for a new one: stacyvm key create"),
     };
     ApiError::new(ErrorCode::Unauthorized, message).hint(hint)
+}
+
+/// What one layer of percent-encoding (RFC 3986 2.1) hides, if there is any.
+fn percent_decoded(text: &str) -> Option<String> {
+    let digit = |at: usize| text.as_bytes().get(at).and_then(|byte| char::from(*byte).to_digit(16));
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut at = 0;
+    while let Some(&byte) = text.as_bytes().get(at) {
+        let (shown, length) = match (byte, digit(at + 1), digit(at + 2)) {
+            (b'%', Some(high), Some(low)) => ((high * 16 + low) as u8, 3),
+            (plain, _, _) => (plain, 1),
+        };
+        decoded.push(shown);
+        at += length;
+    }
+    (decoded.len() < text.len()).then(|| String::from_utf8_lossy(&decoded).into_owned())
 }
 
 fn find_key(text: &str) -> Option<usize> {
@@ -451,6 +490,20 @@ mod tests {
         let key = fixture.add(&[KeyScope::Read]).await;
         let path = format!("/a/{key}/{configured}{key}");
         assert_eq!(authenticator.without_keys(&path), "/a/e2b_…/…e2b_…");
-        assert_eq!(authenticator.without_keys("/api/v1/sandboxes/e2b_1"), "/api/v1/sandboxes/e2b_1");
+        for plain in ["/api/v1/sandboxes/e2b_1", "/a%20b/%65%32b_1", "/100%", "/%zz/%f", "/%2525"] {
+            assert_eq!(authenticator.without_keys(plain), plain);
+        }
+        let encoded = |text: &str| text.bytes().fold(String::new(), |text, byte| format!("{text}%{byte:02x}"));
+        let partly = format!("/a/{}", key.replacen("b_", "%62%5F", 1));
+        assert_eq!(authenticator.without_keys(&partly), "/a/e2b_…");
+        for text in [&key, configured, &encoded(&key), &encoded(configured), &encoded(&encoded(&key))] {
+            let path = format!("/a/{}%0a", encoded(text));
+            let shown = authenticator.without_keys(&path);
+            assert!(matches!(&*shown, "/a/e2b_…\\n" | "/a/…\\n"), "{path}: {shown}");
+            assert!(authenticator.finds_key_in(&path), "{path}");
+        }
+        // Whoever wraps it up so often hides something.
+        let wrapped = (0..ENCODINGS_MAX).fold(key.clone(), |text, _| encoded(&text));
+        assert_eq!(authenticator.without_keys(&encoded(&wrapped)), "…");
     }
 }

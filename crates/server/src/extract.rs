@@ -32,7 +32,7 @@ pub(crate) struct From(pub(crate) Caller);
 pub(crate) struct Who(pub(crate) Identity);
 
 /// A JSON body. An empty one is an error unless the route's rule says
-/// otherwise; `null` is an object of defaults.
+/// otherwise; `null` is an object of defaults, but for commands and files.
 pub(crate) struct Json<T>(pub(crate) T);
 
 /// The query string, with `+` and `%20` as spaces.
@@ -228,7 +228,8 @@ fn parse<T: DeserializeOwned>(bytes: &[u8], rule: BodyRule) -> Result<Option<T>,
             }
         };
     }
-    if bytes.trim_ascii() == b"null" {
+    // Neither a command nor a file can be made of defaults.
+    if bytes.trim_ascii() == b"null" && rule != BodyRule::FileJson {
         return Ok(None);
     }
     // serde would take a list for the fields of an object in order.

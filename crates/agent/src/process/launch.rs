@@ -20,6 +20,7 @@ use super::output::OutputKind;
 use super::run::{Pipes, read_report};
 use super::supervisor::{Plan, PlanOptions, Report, Step};
 use super::{Process, StartOptions, State, terminal};
+use crate::boot::NOBODY_ELSE;
 use crate::descriptor::watch_descriptor;
 use crate::user::Identity;
 use crate::{Failure, Sandbox, kernel};
@@ -40,6 +41,9 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
     let program = options.argv.first().filter(|program| !program.is_empty());
     let program = program.ok_or_else(|| Failure::InvalidArgument("the command is empty".to_owned()))?;
     let identity = sandbox.identity(options.user.as_deref())?;
+    if identity.uid == NOBODY_ELSE {
+        return Err(Failure::InvalidArgument(format!("uid {NOBODY_ELSE} is the agent's own; name another user")));
+    }
     let workdir = resolve_workdir(sandbox, options.workdir.as_deref(), &identity)?;
     let env = environment(sandbox, &options.env, &identity);
 
@@ -161,9 +165,7 @@ fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
 /// program look alike.
 fn resolve_workdir(sandbox: &Sandbox, asked: Option<&str>, identity: &Identity) -> Result<String, Failure> {
     let Some(asked) = asked.filter(|asked| !asked.is_empty()) else {
-        let workdir = sandbox.workdir();
-        let known = [workdir.as_str(), identity.home.as_str()];
-        return Ok(known.into_iter().find(|dir| Path::new(dir).is_dir()).unwrap_or("/").to_owned());
+        return default_workdir(&sandbox.workdir(), identity);
     };
     let path = identity.resolve_path(asked)?;
     match std::fs::metadata(&path) {
@@ -177,6 +179,21 @@ fn resolve_workdir(sandbox: &Sandbox, asked: Option<&str>, identity: &Identity) 
         }
         Err(error) => Err(Failure::file(&path, &error)),
     }
+}
+
+/// The sandbox's own directory was there when it began. Running somewhere else
+/// would put files where nobody looks for them.
+fn default_workdir(workdir: &str, identity: &Identity) -> Result<String, Failure> {
+    if workdir.is_empty() {
+        let home = Some(identity.home.as_str()).filter(|home| Path::new(home).is_dir());
+        return Ok(home.unwrap_or("/").to_owned());
+    }
+    if Path::new(workdir).is_dir() {
+        return Ok(workdir.to_owned());
+    }
+    Err(Failure::InvalidArgument(format!(
+        "the sandbox's working directory {workdir} is gone; name another one as `workdir`, such as `/`, or make it again"
+    )))
 }
 
 fn environment(sandbox: &Sandbox, asked: &BTreeMap<String, String>, identity: &Identity) -> BTreeMap<String, String> {

@@ -24,6 +24,7 @@ use super::{empty, query_value};
 use crate::files::blocking;
 use crate::serve::Body;
 use crate::user::Identity;
+use crate::wakeful::Wakeful;
 use crate::{Failure, Sandbox, net};
 
 /// Nothing on loopback takes longer, unless its backlog is full.
@@ -108,8 +109,8 @@ fn join(request: &mut Request<Upload>, far: Far) {
     tokio::spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
         // Either side may go away at any time.
-        let _ended = match auto::upgrade::downcast::<TokioIo<UnixStream>>(upgraded) {
-            Ok(near) => splice(near.io.into_inner(), near.read_buf, far).await,
+        let _ended = match auto::upgrade::downcast::<TokioIo<Wakeful>>(upgraded) {
+            Ok(near) => splice(near.io.into_inner().into_stream(), near.read_buf, far).await,
             Err(near) => copy(TokioIo::new(near), far).await,
         };
     });

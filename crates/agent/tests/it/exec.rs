@@ -47,6 +47,19 @@ async fn what_cannot_start_says_why() {
 }
 
 #[tokio::test]
+async fn a_default_directory_that_is_gone_is_named_and_another_one_helps() {
+    let agent = Agent::start();
+    let dir = agent.dir.display().to_string();
+    assert_eq!(agent.shell("rmdir \"$PWD\" && echo gone").await.text(), "gone\n");
+    let refused = agent.run(shell("true")).await;
+    let Err(SessionError::InvalidArgument(text)) = &refused else { panic!("{refused:?}") };
+    assert!(text.contains(&dir) && text.contains("`workdir`"), "{text}");
+    let elsewhere = StartRequest { workdir: Some("/".to_owned()), ..shell(&format!("mkdir {dir} && pwd")) };
+    assert_eq!(agent.run(elsewhere).await.expect("a directory that is there").text(), "/\n");
+    assert_eq!(agent.shell("pwd").await.text(), format!("{dir}\n"));
+}
+
+#[tokio::test]
 async fn signals_end_commands_and_are_reported() {
     let agent = Agent::start();
     let mut events = agent.session.start(argv(&["sleep", "1000"])).await.expect("it starts");

@@ -13,7 +13,7 @@ use stacyvm_sandbox::Provider;
 
 use crate::commands::Context;
 use crate::commands::serve::{Chosen, Signals, logging, open_one, open_providers, raise_open_files};
-use crate::config::{self, Config, Environment};
+use crate::config::{self, Config, Environment, MAX_KEY_FILE_BYTES, read_small_file};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
 use crate::output::{json_line, print};
@@ -132,7 +132,7 @@ async fn open(
 fn key(file: Option<&Path>, environment: &Environment) -> anyhow::Result<Option<String>> {
     let given = environment.get(KEY_VARIABLE).map(str::to_owned);
     let Some(path) = file else { return Ok(given.map(|key| key.trim().to_owned()).filter(|key| !key.is_empty())) };
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = read_small_file(path, MAX_KEY_FILE_BYTES).with_context(|| format!("cannot read {}", path.display()))?;
     let key = text.trim();
     if key.is_empty() {
         return Err(Advice::new(format!("{} is empty", path.display()), "write the key into it").into());

@@ -11,10 +11,10 @@ use crate::commands::{given, key_value};
 /// What a server takes (`MEMORY_MIN_MIB`, `MEMORY_MAX_MIB` of the engine).
 const MEMORY_MIB: RangeInclusive<u64> = 16..=1 << 24;
 
-/// Linux' own maximum of pids.
-const PIDS_MAX: u64 = 1 << 22;
+/// As above (`PIDS_MIN`, `PIDS_MAX`).
+const PIDS: RangeInclusive<u64> = 16..=1 << 22;
 
-/// Below this, a kernel's scheduler does not share a processor out.
+/// As above: below it, a kernel's scheduler does not share a processor out.
 const VCPUS_MIN: f64 = 0.01;
 
 /// Stands in for `--owner`.
@@ -44,8 +44,8 @@ pub(crate) struct SandboxArgs {
     /// Keep the writable disk in memory, within the memory limit
     #[arg(long)]
     pub(crate) disk_in_memory: bool,
-    /// Processes and threads at most: 1 to 4194304
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..=PIDS_MAX))]
+    /// Processes and threads at most: 16 to 4194304
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(PIDS))]
     pub(crate) pids_limit: Option<u64>,
     /// What it may reach: `none`, `bridge`, or a network of the runtime
     #[arg(long, value_name = "MODE")]

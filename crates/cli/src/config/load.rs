@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use crate::config::schema::{Config, Entry, Server, entries, find};
 use crate::config::setting::{Raw, Secret, Setting, Shape};
 use crate::config::settings::{Settings, Source};
 use crate::config::site;
+use crate::config::small_file::{MAX_KEY_FILE_BYTES, read_small_file};
 use crate::config::source::{Keys, MAX_FILE_BYTES, Placed, parse_file};
 
 const ENV_PREFIX: &str = "STACYVM_";
@@ -276,14 +276,7 @@ fn find_file(explicit: Option<&Path>, environment: &Environment) -> Option<PathB
 }
 
 fn read_file(path: &Path) -> Result<String, ConfigError> {
-    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
-    let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(failed)?;
-    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
-    if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(failed(std::io::Error::other(format!("it is longer than {MAX_FILE_BYTES} bytes"))));
-    }
-    Ok(text)
+    read_small_file(path, MAX_FILE_BYTES).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
 }
 
 fn shown(path: &Path, environment: &Environment) -> String {
@@ -324,7 +317,7 @@ fn resolve_key_files(config: &mut Config, settings: &mut Settings, problems: &mu
             problems.push(Problem::new(key, format!("both `{key}` and `{key}_file` are set; keep one")));
             continue;
         }
-        match std::fs::read_to_string(path) {
+        match read_small_file(path, MAX_KEY_FILE_BYTES) {
             Ok(text) if text.trim().is_empty() => {
                 problems.push(Problem::new(format!("{key}_file"), format!("{} is empty", path.display())));
             }
@@ -357,11 +350,15 @@ fn check(config: &Config, problems: &mut Vec<Problem>) {
     check_docker(config, has_key || auth.enabled == Some(true), problems);
     check_custom(config, problems);
     let defaults = &config.defaults;
-    if defaults.memory_mb == 0 {
-        problems.push(Problem::new("defaults.memory_mb", "a sandbox needs memory").hint("write 512, for example"));
+    // What the engine takes at least (`check_enough` there).
+    if defaults.memory_mb < 16 {
+        problems.push(Problem::new("defaults.memory_mb", "a sandbox needs 16 at least").hint("write 512, for example"));
     }
-    if defaults.vcpus <= 0.0 {
-        problems.push(Problem::new("defaults.vcpus", "a sandbox needs a processor").hint("write 1, or 0.5"));
+    if defaults.vcpus < 0.01 {
+        problems.push(Problem::new("defaults.vcpus", "a sandbox needs 0.01 at least").hint("write 1, or 0.5"));
+    }
+    if defaults.pids_limit < 16 {
+        problems.push(Problem::new("defaults.pids_limit", "a sandbox needs 16 at least").hint("write 1024"));
     }
     if config.providers.reconcile_interval.get() < MIN_RECONCILE_INTERVAL {
         problems.push(
@@ -616,6 +613,18 @@ mod tests {
         assert!(error.contains("keep one") && !error.contains("other-key"), "{error}");
         std::fs::write(&file, "\n").unwrap();
         assert!(load_text(&text, &[]).unwrap_err().contains("is empty"));
+    }
+
+    #[test]
+    fn a_key_file_without_an_end_is_refused() {
+        for text in [
+            "auth: {api_key_file: /dev/zero}",
+            "auth: {admin_api_key_file: /dev/zero}",
+            "providers: {custom: {api_key_file: /dev/zero}}",
+        ] {
+            let error = load_text(text, &[]).unwrap_err();
+            assert!(error.contains("cannot read /dev/zero: it is no regular file"), "{text}: {error}");
+        }
     }
 
     #[test]

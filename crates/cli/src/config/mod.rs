@@ -15,6 +15,7 @@ mod schema;
 mod setting;
 mod settings;
 mod site;
+mod small_file;
 mod source;
 
 #[cfg(test)]
@@ -31,3 +32,4 @@ pub(crate) use schema::{
 pub(crate) use schema::{default_of, meaning_of, shape_of};
 pub(crate) use setting::{Secret, Setting, Shape};
 pub(crate) use settings::{Content, Settings, Source, Value};
+pub(crate) use small_file::{MAX_KEY_FILE_BYTES, read_small_file};

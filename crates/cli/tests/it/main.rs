@@ -6,6 +6,7 @@ mod backend;
 mod commands;
 mod docker;
 mod docs;
+mod full_disk;
 mod hostile;
 mod leaks;
 mod operator_certify;

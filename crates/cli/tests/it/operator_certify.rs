@@ -150,24 +150,48 @@ async fn one_thing_that_is_broken_fails_one_row() {
     assert_eq!(difference(proot(&none, &workspaces).await, &whole), ["PR-H2", "PR-H4"]);
     fs::remove_file(Path::new(&rootfs).join("usr/bin/node")).expect("removed");
     assert_eq!(difference(proot(&rootfs, &workspaces).await, &whole), ["PR-H4"]);
+}
 
-    // Without the backend nothing behind it passes either.
-    let host_rows = |mut failed: Vec<String>| {
-        assert!(failed.iter().any(|id| id == "B0"), "{failed:?}");
-        failed.retain(|id| id.starts_with("EX-H"));
-        failed
-    };
-    let custom = async |url: &str| {
-        let key = ("STACYVM_PROVIDERS_CUSTOM_API_KEY", "secret");
-        host_rows(failed("custom", &[("STACYVM_PROVIDERS_CUSTOM_BASE_URL", url), key]).await)
-    };
-    assert_eq!(custom("http://127.0.0.1:1").await, ["EX-H1"], "a dead host");
-    assert_eq!(custom("nonsense").await, ["EX-H1", "EX-H3"]);
-    fs::write(path("stacyvm.yaml"), "providers:\n  custom:\n    api_key: secret\n").expect("written");
+/// Each row of the host is about one thing; without the backend no server
+/// starts, and nothing behind it is ever a pass.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_row_of_a_backend_that_cannot_be_used_is_known() {
+    let site = Site::new();
     let open = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let url = format!("http://{}", open.local_addr().expect("its address"));
-    let exposed = failed("custom", &[("STACYVM_PROVIDERS_CUSTOM_BASE_URL", &url)]).await;
-    assert_eq!(host_rows(exposed), ["EX-H2"], "a key in the file");
+    let open = format!("http://{}", open.local_addr().expect("its address"));
+    let config = site.home().join("stacyvm.yaml");
+    let key_in_file = "providers:\n  custom:\n    api_key: secret\n";
+    let table = [
+        ("a dead host", "http://127.0.0.1:1", None, ["FAIL", "PASS", "WARN"]),
+        ("no address", "nonsense", None, ["FAIL", "PASS", "FAIL"]),
+        ("a key in the file", open.as_str(), Some(key_in_file), ["PASS", "FAIL", "WARN"]),
+    ];
+    for (what, url, file, of_host) in table {
+        let mut variables = vec![("STACYVM_PROVIDERS_CUSTOM_BASE_URL", url)];
+        match file {
+            Some(text) => fs::write(&config, text).expect("written"),
+            None => variables.push(("STACYVM_PROVIDERS_CUSTOM_API_KEY", "secret")),
+        }
+        let found = report(&certify(&site, &["custom", "--json"], &variables).await);
+        let rows: Vec<(&str, &str)> = found["checks"]
+            .as_array()
+            .expect("checks")
+            .iter()
+            .map(|check| (check["name"].as_str().expect("an id"), check["status"].as_str().expect("a status")))
+            .collect();
+        let behind = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "EX-R1", "EX-R2", "EX-R3"];
+        let expected: Vec<(&str, &str)> = ["EX-H1", "EX-H2", "EX-H3"]
+            .into_iter()
+            .zip(of_host)
+            .chain([("B0", "FAIL")])
+            .chain(behind.map(|id| (id, "UNAVAILABLE")))
+            .collect();
+        assert_eq!(rows, expected, "{what}: {found:#}");
+        assert_eq!(found["status"], "FAIL", "{what}");
+        for (id, _) in rows.iter().filter(|(_, status)| *status == "FAIL") {
+            assert!(row(&found, id)["fix"].as_str().is_some_and(|fix| !fix.is_empty()), "{what}, {id}: {found:#}");
+        }
+    }
 }
 
 /// A server that is not there, a wrong key, and a server without the runtime.

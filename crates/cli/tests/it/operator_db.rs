@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use rustix::process::Signal;
 use serde_json::Value;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions as _, Connection as _};
 use stacyvm_api::{CreateRequest, ListQuery};
 
 use crate::support::{Ran, Server, Site, create};
@@ -41,6 +43,12 @@ async fn ids(server: &Server) -> BTreeSet<String> {
 
 async fn spawn(server: &Server) -> String {
     create(&server.client(), &CreateRequest::default()).await.id().to_string()
+}
+
+async fn execute(database: &Path, statement: &'static str) {
+    let mut connection = SqliteConnectOptions::new().filename(database).connect().await.expect("a database");
+    sqlx::query(statement).execute(&mut connection).await.expect("done");
+    connection.close().await.expect("closed");
 }
 
 /// Copies that a command made of the store before it replaced it.
@@ -113,6 +121,31 @@ async fn what_is_no_whole_backup_is_not_restored() {
     let check = db(&site, &["check", "--database", &torn]).await;
     assert_eq!(check.status(), Some(1), "{check}");
     assert!(check.stdout().contains("[FAIL] database.integrity: "), "{check}");
+}
+
+/// SQL in a backup would run as part of the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_with_a_trigger_or_a_view_is_not_restored() {
+    let site = Site::new();
+    start(&site).await.stop(Signal::TERM).await;
+    let good = site.home().join("good.db").display().to_string();
+    db(&site, &["backup", &good]).await.ok();
+    let before = fs::read(database(&site)).expect("readable");
+    let planted = [
+        ("spy", "CREATE TRIGGER spy AFTER INSERT ON sandboxes BEGIN DELETE FROM api_keys; END"),
+        ("lies", "CREATE VIEW lies AS SELECT * FROM sandboxes"),
+    ];
+    for (name, statement) in planted {
+        let file = site.home().join(format!("{name}.db")).display().to_string();
+        fs::copy(&good, &file).expect("a copy");
+        execute(Path::new(&file), statement).await;
+        db(&site, &["restore", &file, "--yes"]).await.failed(1).says(name).says("stacyvm db backup");
+        assert_eq!(fs::read(database(&site)).expect("readable"), before, "{name}");
+        let check = db(&site, &["check", "--database", &file]).await;
+        assert!(check.status() == Some(1) && check.stdout().contains("[FAIL] database.schema: "), "{check}");
+    }
+    assert_eq!(safety_copies(&site, "restore"), Vec::<PathBuf>::new());
+    db(&site, &["restore", &good, "--yes"]).await.ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -83,9 +83,8 @@ async fn interrupted_upload(cx: &Context) -> Checked {
     let outcome = subject.session.write(&path, broken, WriteOptions::default()).await;
     ensure!(outcome.is_err(), "an upload whose source broke off succeeded");
     expect_eq("content", &subject.get(&path).await?, &b"the old content".to_vec())?;
-    // Removal of what arrived may come a moment after the error: gVisor tells of
-    // a closed connection late when it is busy.
-    crate::context::eventually("no partial file is left beside it", std::time::Duration::from_secs(45), || async {
+    // Removal of what arrived may come a moment after the error.
+    crate::context::eventually("no partial file is left beside it", std::time::Duration::from_secs(10), || async {
         Ok((subject.names(&cx.dir()).await? == ["interrupted"]).then_some(()))
     })
     .await

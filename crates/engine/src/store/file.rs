@@ -5,9 +5,11 @@
 //! WAL allows; whatever changes the file is for when none runs, and the caller
 //! sees to that.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _};
 use stacyvm_api::{ApiKey, SandboxState, Timestamp};
@@ -136,6 +138,23 @@ impl StoreFile {
         Ok(migrations)
     }
 
+    /// What is in the file that this program's migrations do not make. A trigger
+    /// would run whenever a server writes, and a view wherever it reads.
+    pub async fn strangers(&self) -> Result<Vec<String>, StoreError> {
+        const DOING: &str = "compare the tables of the database";
+        let mut connection = self.read().await?;
+        let versions: Vec<i64> = applied(&mut connection).await?.iter().map(|row| row.version).collect();
+        let found = schema(&mut connection).await.doing(DOING)?;
+        connection.close().await.doing(DOING)?;
+        let same = MIGRATIONS.iter().filter(|migration| versions.contains(&migration.version)).cloned().collect();
+        let mut fresh = SqliteConnectOptions::new().in_memory(true).connect().await.doing(DOING)?;
+        Migrator { migrations: Cow::Owned(same), ..Migrator::DEFAULT }.run(&mut fresh).await.doing(DOING)?;
+        let made = schema(&mut fresh).await.doing(DOING)?;
+        let strangers = found.into_iter().filter(|object| !made.contains(object) && !object.is_bookkeeping());
+        let named = |object: Object| format!("the {} {}", object.kind, object.name.escape_debug());
+        Ok(strangers.map(named).take(DAMAGES_SHOWN_MAX).collect())
+    }
+
     /// Brings the tables up to date, as a server does when it starts.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         const DOING: &str = "bring the tables of the database up to date";
@@ -208,7 +227,9 @@ impl StoreFile {
     /// Opens it without being able to change it, and sees that it is ours.
     async fn read(&self) -> Result<SqliteConnection, StoreError> {
         const DOING: &str = "open the database";
-        let mut connection = self.options().read_only(true).connect().await.doing(DOING)?;
+        // Nothing in the file may call more than plain functions: it may be anybody's.
+        let options = self.options().read_only(true).pragma("trusted_schema", "OFF");
+        let mut connection = options.connect().await.doing(DOING)?;
         let ours: i64 = sqlx::query_scalar(
             "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN ('_sqlx_migrations', 'sandboxes')",
         )
@@ -217,6 +238,33 @@ impl StoreFile {
         .doing(DOING)?;
         if ours == 2 { Ok(connection) } else { Err(StoreError::new(DOING, "it is not a store of StacyVM")) }
     }
+}
+
+/// One row of `sqlite_schema`.
+#[derive(PartialEq)]
+struct Object {
+    kind: String,
+    name: String,
+    table: String,
+    sql: Option<String>,
+}
+
+impl Object {
+    /// Tables that SQLite and the migrator keep for themselves, which no
+    /// migration of ours words.
+    fn is_bookkeeping(&self) -> bool {
+        const NAMES: [&str; 4] = ["_sqlx_migrations", "sqlite_sequence", "sqlite_stat1", "sqlite_stat4"];
+        self.kind == "table" && NAMES.contains(&self.name.as_str())
+    }
+}
+
+async fn schema(connection: &mut SqliteConnection) -> Result<Vec<Object>, sqlx::Error> {
+    let rows =
+        sqlx::query("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name").fetch_all(connection).await?;
+    let read = |row: &sqlx::sqlite::SqliteRow| {
+        Ok(Object { kind: row.try_get(0)?, name: row.try_get(1)?, table: row.try_get(2)?, sql: row.try_get(3)? })
+    };
+    rows.iter().map(read).collect()
 }
 
 struct MigrationRow {
@@ -369,6 +417,37 @@ mod tests {
         let tables: Vec<&str> = statistics.rows.iter().map(|(table, _)| table.as_str()).collect();
         assert!(tables.contains(&"sandboxes") && tables.contains(&"counters"), "{tables:?}");
         assert!(!tables.contains(&"planted"), "{tables:?}");
+    }
+
+    #[tokio::test]
+    async fn whatever_no_migration_made_is_a_stranger() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, file) = store_in(directory.path()).await;
+        store.close().await.unwrap();
+        drop(store);
+        assert_eq!(file.strangers().await.unwrap(), Vec::<String>::new());
+        let statements = [
+            ("CREATE TRIGGER spy AFTER INSERT ON sandboxes BEGIN DELETE FROM api_keys; END", "the trigger spy"),
+            ("CREATE VIEW lies AS SELECT * FROM sandboxes", "the view lies"),
+            ("CREATE TABLE planted (x)", "the table planted"),
+            ("CREATE INDEX slow ON sandboxes (id, id)", "the index slow"),
+            ("ALTER TABLE counters ADD COLUMN more INTEGER", "the table counters"),
+        ];
+        for (statement, stranger) in statements {
+            let copy = StoreFile::new(directory.path().join(stranger));
+            file.copy_to(copy.path()).await.unwrap();
+            write_to(&copy, statement).await;
+            assert_eq!(copy.strangers().await.unwrap(), [stranger]);
+        }
+        // A file of an earlier version has what that version made, and no more.
+        let last = MIGRATIONS.iter().last().unwrap().version;
+        let early = StoreFile::new(directory.path().join("early.db"));
+        let migrations = MIGRATIONS.iter().filter(|migration| migration.version < last).cloned().collect();
+        let mut connection = early.options().create_if_missing(true).connect().await.unwrap();
+        let migrator = Migrator { migrations: Cow::Owned(migrations), ..Migrator::DEFAULT };
+        migrator.run(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        assert_eq!(early.strangers().await.unwrap(), Vec::<String>::new());
     }
 
     #[tokio::test]

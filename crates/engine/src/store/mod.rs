@@ -58,6 +58,23 @@ impl StoreError {
         Self { operation, cause: Arc::from(cause.into()) }
     }
 
+    /// Whether the disk that holds the file has no room for more.
+    pub fn is_disk_full(&self) -> bool {
+        // SQLITE_FULL, and SQLITE_IOERR_SHMSIZE for the index of the log.
+        const CODES: [&str; 2] = ["13", "4874"];
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*self.cause);
+        while let Some(error) = cause {
+            match error.downcast_ref::<sqlx::Error>() {
+                Some(sqlx::Error::Database(failure)) if failure.code().is_some_and(|code| CODES.contains(&&*code)) => {
+                    return true;
+                }
+                Some(sqlx::Error::Io(failure)) if failure.kind() == std::io::ErrorKind::StorageFull => return true,
+                _ => cause = error.source(),
+            }
+        }
+        false
+    }
+
     /// For one failure that several callers hear of.
     fn shared(&self) -> Self {
         Self { operation: self.operation, cause: Arc::clone(&self.cause) }

@@ -78,6 +78,16 @@ impl OciError {
                 hint: None,
                 cause: Some(self.into()),
             },
+            Self::File { source, .. } | Self::System { source, .. }
+                if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
+            {
+                ProviderError::Unavailable {
+                    provider: NAME.to_owned(),
+                    message: "the disk that holds the server's data directory is full".into(),
+                    hint: Some("its operator has to free some space".into()),
+                    cause: Some(source.into()),
+                }
+            }
             other => other.of("create the sandbox"),
         }
     }

@@ -3,6 +3,7 @@
 //! Such a connection needs no windows, so a large body moves as fast as the
 //! stream below it and holds nothing up.
 
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, ready};
@@ -38,6 +39,9 @@ const ANSWER_TIME: Duration = Duration::from_mins(1);
 /// An agent that takes nothing of an upload for this long, although there is
 /// more, or that does not answer this long after all of it, has stopped.
 const STALL_TIME: Duration = Duration::from_mins(2);
+
+/// An agent that has its turn of an upload for this long is asked whether it lives.
+const TURN_TIME: Duration = Duration::from_secs(5);
 
 type RequestBody = UnsyncBoxBody<Bytes, Interrupted>;
 
@@ -139,7 +143,7 @@ impl Bulk<'_> {
         parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         let sent = tokio::select! {
             sent = self.send(Request::from_parts(parts, body)) => sent,
-            () = pace.stalls() => Err(SessionError::Unavailable(Some("the upload is no longer taken".into()))),
+            stopped = self.stops(&pace) => Err(stopped),
         };
         // What interrupted the source explains the failure better than anything.
         let interrupted = cause.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -149,9 +153,20 @@ impl Bulk<'_> {
         }
     }
 
+    /// Resolves once the agent is given up during an upload.
+    async fn stops(self, pace: &Pace) -> SessionError {
+        pace.stalls(TURN_TIME).await;
+        let not_taken = async {
+            pace.stalls(STALL_TIME).await;
+            Err(SessionError::Unavailable(Some("the upload is no longer taken".into())))
+        };
+        let Err(stopped) = self.transport.while_alive::<Infallible>(not_taken).await;
+        stopped
+    }
+
     /// The answer to a request without a body.
     async fn answer(self, request: Request<RequestBody>) -> Result<Response<Incoming>, SessionError> {
-        match timeout(ANSWER_TIME, self.send(request)).await {
+        match timeout(ANSWER_TIME, self.transport.while_alive(Box::pin(self.send(request)))).await {
             Ok(answer) => answer,
             Err(_) => Err(SessionError::Unavailable(Some("no answer in time".into()))),
         }
@@ -258,16 +273,16 @@ impl Pace {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = waits;
     }
 
-    /// Resolves once the agent has had its turn for too long.
-    async fn stalls(&self) {
+    /// Resolves once the agent has had its turn for `too_long`.
+    async fn stalls(&self, too_long: Duration) {
         loop {
             let waits = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
             let since = match waits {
-                Waits::ForTheAgent { since } if since.elapsed() >= STALL_TIME => return,
+                Waits::ForTheAgent { since } if since.elapsed() >= too_long => return,
                 Waits::ForTheAgent { since } => since,
                 Waits::ForTheSource => Instant::now(),
             };
-            sleep_until(since + STALL_TIME).await;
+            sleep_until(since + too_long).await;
         }
     }
 }
@@ -322,37 +337,71 @@ mod tests {
     use std::io;
 
     use async_trait::async_trait;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::sync::mpsc;
 
     use super::*;
     use crate::AgentChannel;
 
-    /// Leads to an agent that takes what fits into a small pipe.
-    struct Stopped(mpsc::UnboundedSender<tokio::io::DuplexStream>);
+    /// Leads to an agent that takes what fits into a small pipe, and at most
+    /// says that it lives.
+    struct Stopped {
+        held: mpsc::UnboundedSender<tokio::io::DuplexStream>,
+        says_it_lives: bool,
+    }
+
+    impl Stopped {
+        fn transport(says_it_lives: bool) -> (Transport, mpsc::UnboundedReceiver<tokio::io::DuplexStream>) {
+            let (held, streams) = mpsc::unbounded_channel();
+            (Transport::new(Arc::new(Self { held, says_it_lives })), streams)
+        }
+    }
 
     #[async_trait]
     impl AgentChannel for Stopped {
         async fn open(&self) -> io::Result<Box<dyn AgentIo>> {
-            let (ours, theirs) = tokio::io::duplex(1024);
-            // Somebody has to hold the other end.
-            self.0.send(theirs).map_err(io::Error::other)?;
+            let (ours, mut theirs) = tokio::io::duplex(1024);
+            let (held, says_it_lives) = (self.held.clone(), self.says_it_lives);
+            tokio::spawn(async move {
+                let mut begin = [0; 12];
+                let _ = theirs.read_exact(&mut begin).await;
+                if says_it_lives && &begin == b"GET /health " {
+                    let _ = theirs.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await;
+                }
+                // Somebody has to hold the other end.
+                let _ = held.send(theirs);
+            });
             Ok(Box::new(ours))
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_upload_waits_for_its_source_but_not_for_a_stopped_agent() {
-        let (sender, _held) = mpsc::unbounded_channel();
-        let (transport, token) = (Transport::new(Arc::new(Stopped(sender))), HeaderValue::from_static("t"));
-        let bulk = Bulk { transport: &transport, token: &token };
-        let started = Instant::now();
-        let slow = stream::once(async {
-            tokio::time::sleep(STALL_TIME * 10).await;
-            Ok(Bytes::from(vec![7; 100_000]))
-        });
-        let written = bulk.write("/file", Box::pin(slow), WriteOptions::default()).await;
-        assert!(matches!(written, Err(SessionError::Unavailable(_))), "{written:?}");
-        let took = started.elapsed();
-        assert!((STALL_TIME * 11..STALL_TIME * 13).contains(&took), "{took:?}");
+        let token = HeaderValue::from_static("t");
+        for (says_it_lives, patience) in [(false, TURN_TIME..STALL_TIME / 2), (true, STALL_TIME..STALL_TIME * 3)] {
+            let (transport, _held) = Stopped::transport(says_it_lives);
+            let bulk = Bulk { transport: &transport, token: &token };
+            let started = Instant::now();
+            let slow = stream::once(async {
+                tokio::time::sleep(STALL_TIME * 10).await;
+                Ok(Bytes::from(vec![7; 100_000]))
+            });
+            let written = bulk.write("/file", Box::pin(slow), WriteOptions::default()).await;
+            assert!(matches!(written, Err(SessionError::Unavailable(_))), "{written:?}");
+            let waited = started.elapsed().saturating_sub(STALL_TIME * 10);
+            assert!(patience.contains(&waited), "lives: {says_it_lives}, {waited:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_waited_for_while_the_agent_lives() {
+        let token = HeaderValue::from_static("t");
+        for (says_it_lives, waited) in [(false, ANSWER_TIME / 4), (true, ANSWER_TIME)] {
+            let (transport, _held) = Stopped::transport(says_it_lives);
+            let started = Instant::now();
+            let read = Bulk { transport: &transport, token: &token }.read("/file", None).await;
+            assert!(matches!(read.map(drop), Err(SessionError::Unavailable(_))), "lives: {says_it_lives}");
+            assert_eq!(started.elapsed().as_secs(), waited.as_secs(), "lives: {says_it_lives}");
+        }
     }
 }

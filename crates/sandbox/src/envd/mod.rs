@@ -83,10 +83,13 @@ impl EnvdSession {
         operation: &'static str,
         call: impl Future<Output = Result<T, ConnectError>> + Send,
     ) -> Result<T, SessionError> {
-        match call.await {
-            Ok(answer) => Ok(answer),
-            Err(error) => Err(self.transport.judge(from_call(operation, &error)).await),
-        }
+        let answered = Box::pin(async {
+            match call.await {
+                Ok(answer) => Ok(answer),
+                Err(error) => Err(self.transport.judge(from_call(operation, &error)).await),
+            }
+        });
+        self.transport.while_alive(answered).await
     }
 
     fn bulk(&self) -> Bulk<'_> {

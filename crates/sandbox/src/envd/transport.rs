@@ -14,11 +14,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use connectrpc::client::{BoxFuture, ClientBody, ClientTransport};
-use http::{Request, Response};
+use http::{Request, Response, header};
 use http_body::{Body, Frame, SizeHint};
+use http_body_util::Empty;
 use hyper::body::Incoming;
+use hyper::client::conn::http1;
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use stacyvm_envd::http::HEALTH;
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
@@ -43,6 +46,14 @@ const OPEN_TIME: Duration = Duration::from_secs(5);
 /// A connection without streams is closed after this long: there may be
 /// thousands of sandboxes.
 const IDLE_TIME: Duration = Duration::from_secs(30);
+
+/// A call that waits for longer asks whether the agent lives at all; then after
+/// twice as long, and so on.
+const FIRST_LOOK: Duration = Duration::from_secs(5);
+
+/// An agent that lives says so by then, even among processes that leave it
+/// hardly any processor.
+const SIGN_TIME: Duration = Duration::from_secs(10);
 
 /// Why a request could not be sent or answered.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +93,45 @@ impl Transport {
         match timeout(OPEN_TIME, self.shared.channel.open()).await {
             Ok(opened) => opened.map_err(TransportError::Open),
             Err(_) => Err(TransportError::Open(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    /// What `call` comes to, unless the agent stops before.
+    pub(super) async fn while_alive<T>(
+        &self,
+        call: impl Future<Output = Result<T, SessionError>>,
+    ) -> Result<T, SessionError> {
+        tokio::select! {
+            biased;
+            result = call => result,
+            () = self.agent_stops() => {
+                Err(self.judge(SessionError::Unavailable(Some("the agent shows no sign of life".into()))).await)
+            }
+        }
+    }
+
+    /// Resolves once the agent does not even say that it lives.
+    async fn agent_stops(&self) {
+        let mut wait = FIRST_LOOK;
+        loop {
+            sleep(wait).await;
+            if !matches!(timeout(SIGN_TIME, Box::pin(self.shows_life())).await, Ok(true)) {
+                return;
+            }
+            wait *= 2;
+        }
+    }
+
+    /// Asks on a connection of its own: an agent that can take none is as good
+    /// as stopped, however many it has.
+    async fn shows_life(&self) -> bool {
+        let Ok(stream) = self.open().await else { return false };
+        let Ok((mut sender, connection)) = http1::handshake(TokioIo::new(stream)).await else { return false };
+        let request = Request::builder().uri(HEALTH).header(header::HOST, "agent").body(Empty::<Bytes>::new());
+        let Ok(request) = request else { return false };
+        tokio::select! {
+            answer = sender.send_request(request) => answer.is_ok(),
+            _ = connection => false,
         }
     }
 

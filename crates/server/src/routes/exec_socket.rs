@@ -7,7 +7,8 @@
 //!                 └─ anything else ───────────────► close 1007
 //! ```
 //!
-//! What cannot start is told in a message, then closed with 1011. A client that
+//! What cannot start is told in a message, then closed with 1011; what is no
+//! message closes with 1002, 1007 or 1009. Every close says why. A client that
 //! goes away leaves the command running, to be attached to again.
 
 use std::sync::Arc;
@@ -28,8 +29,9 @@ use stacyvm_api::{
 };
 use stacyvm_engine::{Caller, ExecEvent, ExecStream, RunningExec, StartOptions};
 use stacyvm_sandbox::TerminalSize;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
+use tokio_tungstenite::tungstenite::{self, error::ProtocolError};
 use tokio_util::sync::CancellationToken;
 
 use crate::App;
@@ -57,6 +59,37 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Size of a terminal of which only one side was given.
 const DEFAULT_TERMINAL: TerminalSize = TerminalSize { cols: 80, rows: 24 };
+
+/// Why a connection is closed, as its close frame says (RFC 6455 7.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Close {
+    code: u16,
+    reason: &'static str,
+}
+
+impl Close {
+    const ENDED: Self = Self { code: close_code::NORMAL, reason: "the command has ended" };
+    const LOST: Self = Self { code: close_code::ERROR, reason: "the command was lost from sight" };
+    const AWAY: Self =
+        Self { code: close_code::AWAY, reason: "the server stops, or the key has ended; the command goes on" };
+
+    /// What a client did wrong; `None` when it is the connection that broke,
+    /// and nobody is there to be told.
+    fn for_error(error: &axum::Error) -> Option<Self> {
+        let cause = std::error::Error::source(error)?;
+        match cause.downcast_ref::<tungstenite::Error>()? {
+            tungstenite::Error::Capacity(_) => {
+                Some(Self { code: close_code::SIZE, reason: "a message is longer than 1 MiB; send it in several" })
+            }
+            tungstenite::Error::Utf8(_) => Some(Self { code: close_code::INVALID, reason: "a text is not UTF-8" }),
+            tungstenite::Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => None,
+            tungstenite::Error::Protocol(_) => {
+                Some(Self { code: close_code::PROTOCOL, reason: "that is not the WebSocket protocol" })
+            }
+            _ => None,
+        }
+    }
+}
 
 type Sender = SplitSink<WebSocket, Message>;
 type Receiver = SplitStream<WebSocket>;
@@ -114,6 +147,8 @@ enum First {
 enum Refusal {
     /// The first message makes no sense.
     Malformed(String),
+    /// What came is no message of the protocol, or too long a one.
+    Broken(Close),
     /// The client left, or said nothing.
     Silent,
 }
@@ -130,7 +165,7 @@ impl Conversation {
     async fn hold(self, mut socket: WebSocket) {
         let first = tokio::select! {
             first = tokio::time::timeout(FIRST_MESSAGE_DEADLINE, first_message(&mut socket)) => first,
-            () = self.closing.cancelled() => return close(socket, close_code::AWAY, "").await,
+            () = self.closing.cancelled() => return close(socket, Close::AWAY.code, Close::AWAY.reason).await,
         };
         match first {
             Ok(Ok(First::OneShot(request))) => self.one_shot(socket, *request).await,
@@ -140,7 +175,8 @@ impl Conversation {
                 self.interact(socket, attached.map_err(ApiError::from), is_base64(encoding)).await;
             }
             Ok(Err(Refusal::Malformed(why))) => close(socket, close_code::INVALID, &why).await,
-            Ok(Err(Refusal::Silent)) => {}
+            Ok(Err(Refusal::Broken(Close { code, reason }))) => close(socket, code, reason).await,
+            Ok(Err(Refusal::Silent)) => answer_close(&mut socket).await,
             Err(_) => close(socket, close_code::POLICY, "no message came").await,
         }
     }
@@ -197,12 +233,14 @@ impl Conversation {
         let (sender, receiver) = socket.split();
         let (replies, inbox) = mpsc::channel(REPLY_QUEUE);
         let heard = Arc::new(AtomicBool::new(true));
+        let (broke, breaks) = oneshot::channel();
         let opening = form.opening(&running);
         let input = Input {
             conversation: self,
             interactive: F::INTERACTIVE,
             exec_id: running.exec_id,
             replies,
+            broke,
             heard: heard.clone(),
         };
         let output = Output {
@@ -210,6 +248,7 @@ impl Conversation {
             events: running.stream,
             sender,
             inbox,
+            breaks,
             heard,
             unanswered_pings: 0,
             closing: self.closing.clone(),
@@ -223,9 +262,22 @@ impl Conversation {
                 // could make the last messages disappear on the way.
                 tokio::time::timeout(CLOSE_DEADLINE, input).await.ok();
             }
-            () = &mut input => {}
+            left = &mut input => match left {
+                Left::Closed => {}
+                // The output knows why, and tells it.
+                Left::Broke => output.await,
+            }
         }
     }
+}
+
+/// How a client ceases to be heard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    /// It closed the connection, or the connection is gone.
+    Closed,
+    /// It sent what cannot be read; what follows cannot either.
+    Broke,
 }
 
 async fn first_message(socket: &mut WebSocket) -> Result<First, Refusal> {
@@ -234,7 +286,8 @@ async fn first_message(socket: &mut WebSocket) -> Result<First, Refusal> {
             Ok(Message::Text(text)) => return parse_first(&text),
             Ok(Message::Binary(_)) => return Err(Refusal::Malformed("the first message must be text".to_owned())),
             Ok(Message::Ping(_) | Message::Pong(_)) => {}
-            Ok(Message::Close(_)) | Err(_) => return Err(Refusal::Silent),
+            Ok(Message::Close(_)) => return Err(Refusal::Silent),
+            Err(error) => return Err(Close::for_error(&error).map_or(Refusal::Silent, Refusal::Broken)),
         }
     }
     Err(Refusal::Silent)
@@ -275,16 +328,24 @@ struct Input<'a> {
     interactive: bool,
     exec_id: ExecId,
     replies: mpsc::Sender<TerminalServerMessage>,
+    broke: oneshot::Sender<Close>,
     heard: Arc<AtomicBool>,
 }
 
 impl Input<'_> {
-    async fn read(self, mut receiver: Receiver) {
-        while let Some(Ok(message)) = receiver.next().await {
+    async fn read(self, mut receiver: Receiver) -> Left {
+        while let Some(message) = receiver.next().await {
+            let message = match message {
+                Ok(message) => message,
+                Err(error) => {
+                    let told = Close::for_error(&error).map(|close| self.broke.send(close));
+                    return if let Some(Ok(())) = told { Left::Broke } else { Left::Closed };
+                }
+            };
             self.heard.store(true, Ordering::Relaxed);
             let done = match message {
-                Message::Close(_) => return,
-                Message::Ping(_) | Message::Pong(_) => Ok(()),
+                // Reading on sends the answer to a close, which is then the end.
+                Message::Close(_) | Message::Ping(_) | Message::Pong(_) => Ok(()),
                 Message::Text(_) | Message::Binary(_) if !self.interactive => Ok(()),
                 Message::Binary(data) => self.write(data).await,
                 Message::Text(text) => match serde_json::from_str(&text) {
@@ -300,6 +361,7 @@ impl Input<'_> {
                 Ok(()) => {}
             }
         }
+        Left::Closed
     }
 
     async fn act(&self, message: TerminalClientMessage) -> Result<(), ApiError> {
@@ -335,6 +397,7 @@ struct Output<F> {
     events: ExecStream,
     sender: Sender,
     inbox: mpsc::Receiver<TerminalServerMessage>,
+    breaks: oneshot::Receiver<Close>,
     /// Set by the input whenever the client says anything.
     heard: Arc<AtomicBool>,
     unanswered_pings: u32,
@@ -352,17 +415,20 @@ impl<F: OutputForm> Output<F> {
                 event = self.events.next() => match event {
                     Some(Ok(ExecEvent::Exited(exit))) => {
                         let last = self.form.exited(&exit);
-                        return self.finish(last, close_code::NORMAL).await;
+                        return self.finish(last, Close::ENDED).await;
                     }
                     Some(Ok(event)) => self.form.event(event),
                     Some(Err(error)) => {
                         let last = self.form.failed(&error);
-                        return self.finish(last, F::FAILED_CODE).await;
+                        return self.finish(last, Close { code: F::FAILED_CODE, ..Close::LOST }).await;
                     }
-                    None => return self.finish(Vec::new(), close_code::ERROR).await,
+                    None => return self.finish(Vec::new(), Close::LOST).await,
                 },
                 Some(reply) = self.inbox.recv() => vec![text_of(&reply)],
-                () = self.closing.cancelled() => return self.finish(Vec::new(), close_code::AWAY).await,
+                Ok(close) = &mut self.breaks => {
+                    return self.finish(Vec::new(), close).await;
+                }
+                () = self.closing.cancelled() => return self.finish(Vec::new(), Close::AWAY).await,
                 () = tokio::time::sleep_until(next_ping) => {
                     next_ping = Instant::now() + PING_INTERVAL;
                     if self.ping().await.is_err() {
@@ -399,10 +465,11 @@ impl<F: OutputForm> Output<F> {
 
     /// The last messages and the close; a client that does not take them is
     /// left.
-    async fn finish(mut self, last: Vec<String>, code: u16) {
+    async fn finish(mut self, last: Vec<String>, close: Close) {
+        let Close { code, reason } = close;
         let farewell = async {
             self.send_all(last).await?;
-            self.sender.send(Message::Close(Some(CloseFrame { code, reason: Utf8Bytes::default() }))).await
+            self.sender.send(Message::Close(Some(CloseFrame { code, reason: Utf8Bytes::from_static(reason) }))).await
         };
         tokio::time::timeout(CLOSE_DEADLINE, farewell).await.ok();
     }
@@ -418,6 +485,12 @@ fn text_of(message: &TerminalServerMessage) -> String {
 
 fn encode(message: &TerminalServerMessage) -> Message {
     Message::text(text_of(message))
+}
+
+/// Lets the answer to a client's close go out.
+async fn answer_close(socket: &mut WebSocket) {
+    let answered = async { while let Some(Ok(_)) = socket.recv().await {} };
+    tokio::time::timeout(CLOSE_DEADLINE, answered).await.ok();
 }
 
 /// Closes before a command runs. A close frame holds at most 123 bytes of

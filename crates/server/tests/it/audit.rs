@@ -110,6 +110,22 @@ async fn refusals_are_recorded_whatever_they_were_for() {
     );
 }
 
+/// Whoever percent-encodes a key has written it all the same.
+#[tokio::test]
+async fn an_encoded_key_in_a_path_is_in_no_record() {
+    let fixture = keyed().await;
+    let key = fixture.stored_key("ci", &["api"]).await;
+    let (digits, encoded) = (&key[4..], key.bytes().fold(String::new(), |text, byte| format!("{text}%{byte:02X}")));
+    for path in [format!("/sandboxes/%65%32%62%5F{digits}"), format!("/sandboxes/{encoded}/files?path={encoded}")] {
+        assert_eq!(fixture.delete(&path).await.failure().0, 400, "{path}");
+        assert_eq!(fixture.api("DELETE", &path).key("wrong").send().await.failure().0, 401, "{path}");
+    }
+    let found = records(&fixture, "").await;
+    let text = json!(found).to_string();
+    assert!(!text.contains(digits) && !text.contains(&encoded), "{text}");
+    assert!(lines(&found).contains(&"DELETE /sandboxes/e2b_… 401 anonymous".to_owned()), "{text}");
+}
+
 #[tokio::test]
 async fn a_flood_of_refusals_leaves_a_bounded_trace() {
     let fixture = keyed().await;

@@ -57,10 +57,16 @@ async fn fields_of_the_wrong_type_are_400_and_named() {
     let fixture = Fixture::open().await;
     let id = fixture.sandbox().await;
     let exec = format!("/sandboxes/{id}/exec");
-    let table: [(&str, Value, &str); 18] = [
+    let table: [(&str, Value, &str); 24] = [
         ("/sandboxes", json!({ "image": 7 }), "image"),
         ("/sandboxes", json!({ "memory_mb": "many" }), "memory_mb"),
         ("/sandboxes", json!({ "memory_mb": 15 }), "16 is the minimum"),
+        ("/sandboxes", json!({ "pids_limit": 15 }), "pids_limit 15 is too little to run anything: 16 is the minimum"),
+        ("/sandboxes", json!({ "vcpus": 1e-6 }), "vcpus 0.000001 is too little to run anything: 0.01 is the minimum"),
+        ("/templates", json!({ "name": "t", "image": "x", "memory_mb": 15 }), "16 is the minimum"),
+        ("/templates", json!({ "name": "t", "image": "x", "pids_limit": 1 }), "16 is the minimum"),
+        ("/templates", json!({ "name": "t", "image": "x", "vcpus": 0.001 }), "0.01 is the minimum"),
+        ("/templates", json!({ "name": "t", "image": "x", "cpu_cores": 0.001 }), "0.01 is the minimum"),
         ("/sandboxes", json!({ "memory_mb": -1 }), "memory_mb"),
         ("/sandboxes", json!({ "memory_mb": 1e30 }), "memory_mb"),
         ("/sandboxes", json!({ "vcpus": [] }), "vcpus"),

@@ -43,6 +43,18 @@ async fn arguments_environment_workdir_and_stdin_reach_the_command() {
 }
 
 #[tokio::test]
+async fn null_is_no_command() {
+    let fixture = Fixture::open().await;
+    let id = fixture.sandbox().await;
+    for path in ["exec", "files"] {
+        let request = fixture.api("POST", &format!("/sandboxes/{id}/{path}"));
+        let answer = request.header("Content-Type", "application/json").body(" null ").send().await;
+        assert_eq!(answer.failure(), (400, "BAD_REQUEST".to_owned()), "{path}");
+        assert!(answer.text().contains("must be a JSON object"), "{path}: {}", answer.text());
+    }
+}
+
+#[tokio::test]
 async fn a_deadline_is_408_with_what_was_written() {
     let fixture = Fixture::open().await;
     let id = fixture.sandbox().await;

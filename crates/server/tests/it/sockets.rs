@@ -2,11 +2,13 @@
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
 use crate::support::{Fixture, eventually, within};
 
@@ -49,8 +51,8 @@ impl Socket {
 
     pub(crate) async fn close_code(&mut self) -> u16 {
         match self.next().await {
-            Err(Some(frame)) => frame.code.into(),
-            other => panic!("not a close with a code: {other:?}"),
+            Err(frame) => explained(frame),
+            Ok(message) => panic!("not a close: {message}"),
         }
     }
 
@@ -60,8 +62,74 @@ impl Socket {
         loop {
             match self.next().await {
                 Ok(message) => messages.push(message),
-                Err(frame) => return (messages, frame.map_or(0, |frame| frame.code.into())),
+                Err(frame) => return (messages, explained(frame)),
             }
+        }
+    }
+
+    /// Closes from this side; what the server says to it.
+    async fn leave(mut self, code: CloseCode) -> Option<CloseFrame> {
+        let frame = CloseFrame { code, reason: "enough".into() };
+        self.0.send(Message::Close(Some(frame))).await.unwrap();
+        loop {
+            match within(self.0.next()).await {
+                Some(Ok(Message::Close(frame))) => return frame,
+                Some(Ok(_)) => {}
+                other => panic!("no answer to the close: {other:?}"),
+            }
+        }
+    }
+}
+
+/// The code of a close, which always comes with a reason.
+fn explained(frame: Option<CloseFrame>) -> u16 {
+    let frame = frame.expect("a close with a code");
+    assert!(!frame.reason.is_empty(), "{frame:?} says nothing");
+    frame.code.into()
+}
+
+#[tokio::test]
+async fn a_clients_close_is_answered_at_any_time() {
+    let fixture = Fixture::open().await;
+    let id = fixture.sandbox().await;
+    let silent = Socket::open(&fixture, &id).await;
+    let answer = silent.leave(CloseCode::Normal).await.expect("a frame");
+    assert_eq!((answer.code, answer.reason.as_str()), (CloseCode::Normal, "enough"));
+
+    let mut busy = Socket::open(&fixture, &id).await;
+    busy.say(&json!({ "type": "start", "command": "cat" })).await;
+    busy.message().await;
+    assert_eq!(busy.leave(CloseCode::Away).await.expect("a frame").code, CloseCode::Away);
+
+    let mut one_shot = Socket::open(&fixture, &id).await;
+    one_shot.say(&json!({ "command": "echo up; sleep 100", "stream": true })).await;
+    one_shot.message().await;
+    assert_eq!(one_shot.leave(CloseCode::Normal).await.expect("a frame").code, CloseCode::Normal);
+}
+
+#[tokio::test]
+async fn what_is_no_message_closes_with_what_is_wrong_with_it() {
+    let fixture = Fixture::open().await;
+    let id = fixture.sandbox().await;
+    let long = Message::text("x".repeat((1 << 20) + 1));
+    // A frame of a reserved kind, and a text that is not UTF-8.
+    let (reserved, garbled) = (&[0x83u8, 0x80, 0, 0, 0, 0][..], &[0x81u8, 0x82, 0, 0, 0, 0, 0xff, 0xfe][..]);
+    for started in [false, true] {
+        let open = || async {
+            let mut socket = Socket::open(&fixture, &id).await;
+            if started {
+                socket.say(&json!({ "type": "start", "command": "cat" })).await;
+                assert_eq!(socket.message().await["type"], "started");
+            }
+            socket
+        };
+        let mut socket = open().await;
+        socket.0.send(long.clone()).await.unwrap();
+        assert_eq!(socket.close_code().await, 1009, "started: {started}");
+        for (bytes, code) in [(reserved, 1002), (garbled, 1007)] {
+            let mut socket = open().await;
+            socket.0.get_mut().write_all(bytes).await.unwrap();
+            assert_eq!(socket.close_code().await, code, "started: {started}");
         }
     }
 }

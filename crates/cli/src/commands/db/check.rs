@@ -36,6 +36,7 @@ pub(crate) async fn judge(file: &StoreFile) -> anyhow::Result<Checks> {
     if checks.exit_code() == ExitCode::FAILURE {
         return Ok(checks);
     }
+    checks.extend(schema(file).await);
     let migrations = file.migrations().await.with_context(|| format!("cannot look at {shown}"))?;
     checks.extend(versions(&migrations));
     let statistics = file.statistics().await.with_context(|| format!("cannot look at {shown}"))?;
@@ -53,6 +54,17 @@ async fn integrity(file: &StoreFile) -> Check {
         Ok(damages) if damages.is_empty() => Check::pass(NAME, format!("{} is whole", file.path().display())),
         Ok(damages) => Check::fail(NAME, damages.join("; "), FIX),
         Err(error) => Check::fail(NAME, format!("{error}: {}", error.cause), FIX),
+    }
+}
+
+/// Fails where somebody added to what this program made.
+async fn schema(file: &StoreFile) -> Option<Check> {
+    const NAME: &str = "database.schema";
+    const FIX: &str = "stacyvm db restore BACKUP --yes";
+    match file.strangers().await {
+        Ok(strangers) if strangers.is_empty() => None,
+        Ok(strangers) => Some(Check::fail(NAME, format!("no version of stacyvm made {}", strangers.join(", ")), FIX)),
+        Err(error) => Some(Check::fail(NAME, format!("{error}: {}", error.cause), FIX)),
     }
 }
 

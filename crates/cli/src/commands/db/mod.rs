@@ -194,6 +194,17 @@ pub(crate) fn refuse_foreign(migrations: &[StoreMigration], file: &Path) -> Resu
     Ok(())
 }
 
+/// Refuses a file that holds more than this program puts there.
+async fn refuse_strangers(file: &StoreFile) -> anyhow::Result<()> {
+    let shown = file.path().display();
+    let strangers = file.strangers().await.with_context(|| format!("{shown} cannot be used"))?;
+    if strangers.is_empty() {
+        return Ok(());
+    }
+    let message = format!("{shown} holds what no version of stacyvm made: {}", strangers.join(", "));
+    Err(Advice::new(message, "use a file that `stacyvm db backup` wrote and nobody changed").into())
+}
+
 /// Refuses a damaged file, and says what is damaged.
 pub(crate) async fn refuse_damaged(file: &StoreFile) -> anyhow::Result<()> {
     let shown = file.path().display();

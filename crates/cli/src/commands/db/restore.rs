@@ -19,7 +19,7 @@ use serde_json::json;
 use stacyvm_api::ApiKey;
 use stacyvm_engine::{StoreFile, StoreKeys};
 
-use super::{Place, backup, refuse_damaged, refuse_foreign, safety_copy_path};
+use super::{Place, backup, refuse_damaged, refuse_foreign, refuse_strangers, safety_copy_path};
 use crate::commands::Context;
 use crate::failure::Advice;
 use crate::private_file::{Existing, PrivateFile};
@@ -57,6 +57,7 @@ pub(super) async fn run(context: &Context, place: &Place, args: &RestoreArgs) ->
     }
     refuse_damaged(&from).await?;
     refuse_foreign(&from.migrations().await?, &args.path)?;
+    refuse_strangers(&from).await?;
     place.refuse_missing_directory()?;
     let keys = from.keys().await?;
     let lost = lost_keys(&place.file, &keys).await;
@@ -74,7 +75,10 @@ pub(super) async fn run(context: &Context, place: &Place, args: &RestoreArgs) ->
     let kept = if store.exists() { Some(set_aside(&place.file).await?) } else { None };
     let fresh = PrivateFile::begin(store, Existing::Replace)?;
     from.copy_to(fresh.path()).await.with_context(|| format!("cannot read {}", args.path.display()))?;
-    refuse_damaged(&StoreFile::new(fresh.path())).await?;
+    // The backup may be another file by now.
+    let copied = StoreFile::new(fresh.path());
+    refuse_damaged(&copied).await?;
+    refuse_strangers(&copied).await?;
     remove_companions(store)?;
     fresh.finish()?;
     let page = json!({

@@ -15,6 +15,8 @@ mod options;
 mod port;
 mod providers;
 
+use std::path::Path;
+
 use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
@@ -82,14 +84,28 @@ pub(crate) async fn run(context: &Context, args: ServeArgs) -> anyhow::Result<()
     raise_open_files();
 
     let data_dir = data_dir::resolve(config.top.data_dir.as_deref(), environment.home.as_deref())?;
-    data_dir::create(&data_dir)?;
-    let _lock = DataDirLock::take(&data_dir)?;
-    let secret = data_dir::server_secret(&data_dir)?;
+    run_in(context, &config, &data_dir, &environment, at_exit)
+        .await
+        .map_err(|error| data_dir::explain_full_disk(error, &data_dir))
+}
+
+/// The server's life in its data directory.
+async fn run_in(
+    context: &Context,
+    config: &Config,
+    data_dir: &Path,
+    environment: &Environment,
+    at_exit: AtExit,
+) -> anyhow::Result<()> {
+    data_dir::create(data_dir)?;
+    let _lock = DataDirLock::take(data_dir)?;
+    data_dir::keep_room(data_dir);
+    let secret = data_dir::server_secret(data_dir)?;
 
     // From here on a signal is a request to end in order.
     let mut signals = Signals::listen()?;
-    let chosen = providers::open(&config, &data_dir, &environment, Permission::default()).await?;
-    let engine_options = options::engine(&config, &data_dir, secret, &chosen.default);
+    let chosen = providers::open(config, data_dir, environment, Permission::default()).await?;
+    let engine_options = options::engine(config, data_dir, secret, &chosen.default);
     let engine = match Engine::start(engine_options, chosen.all.clone()).await {
         Ok(engine) => engine,
         Err(error) => {
@@ -99,7 +115,7 @@ pub(crate) async fn run(context: &Context, args: ServeArgs) -> anyhow::Result<()
             return Err(error).context("cannot start");
         }
     };
-    let answered = answer(context.output, &config, &engine, &chosen, &mut signals).await;
+    let answered = answer(context.output, config, &engine, &chosen, &mut signals).await;
     if answered.is_ok() {
         leave(context.output, &engine, at_exit, &mut signals).await;
     }

@@ -1,6 +1,6 @@
 //! Ways out of a container: system calls, kernel files, and the first process.
 
-use stacyvm_api::{ErrorCode, SandboxState};
+use stacyvm_api::{ErrorCode, ExecRequest, SandboxState, WriteRequest};
 
 use super::{Attack, refusal};
 use crate::support::{eventually, output, script, sh, small};
@@ -147,7 +147,8 @@ for pid in agents:
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_process_cannot_be_killed_from_inside() {
     let attack = Attack::by_host_programs().await;
-    for signal in ["KILL", "STOP", "SEGV", "SEGV", "BUS", "QUIT", "USR1", "HUP", "ABRT", "TSTP", "PIPE", "CHLD"] {
+    for signal in ["KILL", "STOP", "SEGV", "SEGV", "BUS", "QUIT", "USR1", "HUP", "ABRT", "TSTP", "PIPE", "CHLD", "INT"]
+    {
         let sent = sh(&attack.guest, &format!("kill -{signal} 1; echo sent")).await;
         assert_eq!(sent.stdout, "sent\n", "{signal}: {sent:?}");
     }
@@ -171,7 +172,60 @@ async fn the_first_process_cannot_be_killed_from_inside() {
     attack.ends_well().await;
 }
 
-/// As in any container, the first process ends when it is asked to.
+/// Limits that would leave the agent nothing to answer with.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_agents_own_limits_are_out_of_the_guests_reach() {
+    let attack = Attack::by_host_programs().await;
+    let limit = "
+import os, resource
+agents = []
+for pid in filter(str.isdigit, os.listdir('/proc')):
+    try:
+        if open(f'/proc/{pid}/cmdline').read().startswith('stacyvm-agent'):
+            agents.append(int(pid))
+    except OSError:
+        pass
+# The agent and at least the helper of this very command.
+assert 1 in agents and len(agents) > 1, agents
+for pid in agents:
+    for name in ('NOFILE', 'AS', 'NPROC', 'FSIZE', 'DATA', 'STACK', 'CPU', 'MEMLOCK', 'RTTIME'):
+        try:
+            resource.prlimit(pid, getattr(resource, f'RLIMIT_{name}'), (1, 1))
+            print(pid, name)
+        except PermissionError:
+            pass
+# Whoever wants less for himself or his children may have it.
+child = os.fork() or os.execvp('sleep', ['sleep', '60'])
+for pid in (os.getpid(), child):
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64))
+    assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (64, 64)
+";
+    assert_eq!(attack.python(limit).await, "", "these limits were set");
+    assert_eq!(output(&attack.guest, "grep ^Uid: /proc/self/status | xargs").await, "Uid: 0 0 0 0");
+    let write =
+        WriteRequest { path: "/tmp/file".to_owned(), content: "still here".to_owned(), ..WriteRequest::default() };
+    attack.guest.write_file(&write).await.expect("written");
+    assert_eq!(attack.guest.read_file("/tmp/file").await.expect("read"), *b"still here");
+    assert_eq!(output(&attack.guest, "cat /tmp/file").await, "still here");
+    attack.ends_well().await;
+}
+
+/// Who has the uid that sets the agent apart could end it like its root.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_guests_root_ends_it() {
+    let attack = Attack::by_host_programs().await;
+    for user in ["1000", "65534"] {
+        let request = ExecRequest { user: Some(user.to_owned()), ..script("kill -TERM 1 2>&1; kill -INT 1; true") };
+        let refused = attack.guest.exec(&request).await.expect("a result");
+        assert!(refused.stdout.contains("not permitted"), "{user}: {refused:?}");
+    }
+    let agents_own = ExecRequest { user: Some("65535".to_owned()), ..script("kill -TERM 1") };
+    assert_eq!(refusal(attack.guest.exec(&agents_own).await), ErrorCode::BadRequest);
+    assert_eq!(output(&attack.guest, "echo alive").await, "alive");
+    attack.ends_well().await;
+}
+
+/// As in any container, the first process ends when its root asks it to.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_ends_itself_is_marked_and_can_be_destroyed() {
     let attack = Attack::by(&small()).await;
