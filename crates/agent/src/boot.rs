@@ -1,6 +1,6 @@
 //! From the launcher's configuration to a running server.
 
-#![expect(unsafe_code, reason = "inherited descriptors, prctl and malloc settings have no safe interface")]
+#![expect(unsafe_code, reason = "inherited descriptors and prctl have no safe interface")]
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -16,7 +16,7 @@ use stacyvm_envd::boot::{BOOT_FD, LISTENER_FD, MAX_BOOT_BYTES};
 use tokio::net::UnixListener;
 
 use crate::serve::Peers;
-use crate::{Sandbox, lifecycle, serve};
+use crate::{Sandbox, heap, lifecycle, serve};
 
 /// Threads for calls that block. They count against the sandbox's process limit
 /// and never end once started, so that file calls work when that is used up.
@@ -37,17 +37,11 @@ pub(crate) enum Memory {
 /// Before anything secret is in memory: unless a tracer needs it, no core dump,
 /// no `ptrace` and no reading of `/proc/PID` by the same user.
 pub(crate) fn harden(memory: Memory) {
-    // SAFETY: prctl and mallopt take plain numbers here; umask cannot fail.
+    heap::keep_small();
+    // SAFETY: prctl takes plain numbers here; umask cannot fail.
     unsafe {
         if memory == Memory::OwnOnly {
             libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
-        }
-        // One heap for all threads, given back early: the agent sits idle in
-        // every sandbox.
-        #[cfg(target_env = "gnu")]
-        {
-            libc::mallopt(libc::M_ARENA_MAX, 1);
-            libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 10);
         }
         libc::umask(0o022);
     }

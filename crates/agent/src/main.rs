@@ -20,6 +20,7 @@ mod console;
 mod descriptor;
 mod failure;
 mod files;
+mod heap;
 mod init;
 mod kernel;
 mod lifecycle;

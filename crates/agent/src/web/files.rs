@@ -14,6 +14,7 @@ use super::upload::Upload;
 use super::{empty, entry_header, json, query_value};
 use crate::files::content::{PIECE_BYTES, Reading, WriteOptions, Writing};
 use crate::files::entry::Entry;
+use crate::heap::Passing;
 use crate::serve::Body;
 use crate::user::Identity;
 use crate::{Failure, Sandbox};
@@ -49,7 +50,11 @@ pub(crate) async fn download(sandbox: &Sandbox, request: &Request<Upload>) -> Re
             return Ok(response);
         }
     };
-    let body = reading.stream(start, end).map_ok(Frame::data).map_err(Into::into);
+    let passing = Passing::begin();
+    let body = reading.stream(start, end).map_err(Into::into).map_ok(move |piece| {
+        let _held = &passing;
+        Frame::data(piece)
+    });
     let mut response = Response::new(StreamBody::new(body).boxed_unsync());
     *response.status_mut() = status;
     insert(&mut response, header::CONTENT_TYPE, "application/octet-stream");
@@ -65,6 +70,7 @@ pub(crate) async fn download(sandbox: &Sandbox, request: &Request<Upload>) -> Re
 }
 
 pub(crate) async fn upload(sandbox: &Sandbox, request: Request<Upload>) -> Result<Response<Body>, Failure> {
+    let _passing = Passing::begin();
     let (request, body) = request.into_parts();
     let pieces = body.pieces();
     let query = request.uri.query();
