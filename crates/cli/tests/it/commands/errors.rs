@@ -106,7 +106,7 @@ async fn numbers_out_of_range_are_refused_with_the_range() {
         (&["run", "--vcpus", "0", "--", "true"], "0.01 or more"),
         (&["run", "--vcpus", "-1", "--", "true"], "-1"),
         (&["spawn", "--disk", "0"], "0"),
-        (&["spawn", "--pids-limit", "0"], "1..=4194304"),
+        (&["spawn", "--pids-limit", "15"], "16..=4194304"),
         (&["audit", "--limit", "501"], "1..=500"),
         (&["audit", "--limit", "0"], "1..=500"),
         (&["logs", "-n", "10001", "sb-00000000000000000000"], "1..=10000"),
