@@ -117,9 +117,12 @@ fn read_config() -> io::Result<BootConfig> {
     // SAFETY: as above; the descriptor is closed at the end of this function.
     let file = unsafe { File::from_raw_fd(BOOT_FD) };
     let mut json = Vec::new();
-    file.take(MAX_BOOT_BYTES as u64 + 1)
+    (&file)
+        .take(MAX_BOOT_BYTES as u64 + 1)
         .read_to_end(&mut json)
         .map_err(|error| io::Error::other(format!("no boot configuration on descriptor {BOOT_FD}: {error}")))?;
+    // A tracer may have it open too, where a guest would find it.
+    let _ = file.set_len(0);
     parse(&json)
 }
 

@@ -29,6 +29,9 @@ const ALLOW_MAX_ENTRIES: usize = 128;
 const MEMORY_MIN_MIB: u64 = 16;
 /// 16 TiB: more than hosts have, and far below where bytes overflow.
 const MEMORY_MAX_MIB: u64 = 1 << 24;
+
+/// Beyond any disk; in bytes it still fits a number.
+const DISK_MAX_MIB: u64 = 1 << 32;
 /// The agent takes five, each command a helper; what is left has to be enough
 /// for a runtime to start them and for a shell with a pipe.
 const PIDS_MIN: u64 = 16;
@@ -194,7 +197,11 @@ impl Shared {
                 Some(limits.max_memory_mb.unwrap_or(MEMORY_MAX_MIB).min(MEMORY_MAX_MIB) as f64),
             ),
             ("vcpus", order.vcpus, Some(limits.max_vcpus.unwrap_or(VCPUS_MAX).min(VCPUS_MAX))),
-            ("disk_size_mb", order.disk_size_mb.unwrap_or(0) as f64, limits.max_disk_size_mb.map(|max| max as f64)),
+            (
+                "disk_size_mb",
+                order.disk_size_mb.unwrap_or(0) as f64,
+                Some(limits.max_disk_size_mb.unwrap_or(DISK_MAX_MIB).min(DISK_MAX_MIB) as f64),
+            ),
             ("pids_limit", order.pids_limit as f64, Some(PIDS_MAX as f64)),
         ];
         for (what, asked, max) in asked {

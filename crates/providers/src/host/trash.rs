@@ -4,7 +4,8 @@
 //! a recursive removal would crash the server. So directories are never
 //! entered twice over: one that is not empty is moved up beside the others and
 //! emptied in turn. Names are taken relative to an open directory and symlinks
-//! are unlinked, never followed.
+//! are unlinked, never followed. Where the server is an ordinary user, guests
+//! are the same one, and a directory that they closed is opened again.
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
@@ -27,47 +28,85 @@ pub(crate) fn discard(trash: &Path, tree: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes everything in the trash; returns how many trees that was.
+/// What the owner of a directory needs to empty it.
+const OPEN_TO_OWNER: Mode = Mode::RWXU;
+
+/// Removes everything in the trash; returns how many trees that was. What
+/// cannot be removed holds nothing else up.
 pub(crate) fn empty(trash: &Path) -> io::Result<usize> {
     let trash = open_dir(rustix::fs::CWD, trash)?;
     let mut waiting: VecDeque<CString> = names(trash.as_fd())?.into_iter().map(|(name, _)| name).collect();
     let trees = waiting.len();
+    let mut failure = None;
     while let Some(name) = waiting.pop_front() {
-        if remove_entry(trash.as_fd(), &name, FileType::Unknown)? {
-            continue;
-        }
-        let moved_up = clear(trash.as_fd(), &name)?;
-        if moved_up.is_empty() {
-            // Nothing is left in it; unless somebody writes into the trash.
-            remove_entry(trash.as_fd(), &name, FileType::Directory)?;
-        } else {
-            waiting.extend(moved_up);
-            waiting.push_back(name);
+        match step(trash.as_fd(), &name) {
+            Ok(moved_up) if moved_up.is_empty() => {}
+            Ok(moved_up) => {
+                waiting.extend(moved_up);
+                waiting.push_back(name);
+            }
+            Err(error) => failure = failure.or(Some(error)),
         }
     }
-    Ok(trees)
+    failure.map_or(Ok(trees), Err)
+}
+
+/// Removes one thing in the trash, or moves up what lies in it: then it has to
+/// be looked at again.
+fn step(trash: BorrowedFd<'_>, name: &CStr) -> io::Result<Vec<CString>> {
+    if remove_entry(trash, name, FileType::Unknown)? {
+        return Ok(Vec::new());
+    }
+    let moved_up = clear(trash, name)?;
+    if moved_up.is_empty() {
+        // Nothing is left in it; unless somebody writes into the trash.
+        remove_entry(trash, name, FileType::Directory)?;
+    }
+    Ok(moved_up)
 }
 
 /// Unlinks what can be unlinked in a directory and moves the rest up.
 fn clear(trash: BorrowedFd<'_>, name: &CStr) -> io::Result<Vec<CString>> {
-    let directory = match open_dir(trash, name) {
+    let opened = match open_dir(trash, name) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            open_to_owner(trash, name)?;
+            open_dir(trash, name)
+        }
+        opened => opened,
+    };
+    let directory = match opened {
         // Another worker had it already.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         opened => opened?,
     };
+    if !Mode::from_raw_mode(rustix::fs::fstat(&directory)?.st_mode).contains(OPEN_TO_OWNER) {
+        rustix::fs::fchmod(&directory, OPEN_TO_OWNER)?;
+    }
     let mut moved = Vec::new();
     for (entry, kind) in names(directory.as_fd())? {
         if remove_entry(directory.as_fd(), &entry, kind)? {
             continue;
         }
         let fresh = fresh_name();
-        match rustix::fs::renameat(&directory, &entry, trash, &fresh) {
+        let rename = || rustix::fs::renameat(&directory, &entry, trash, &fresh);
+        let renamed = match rename() {
+            // Its `..` changes, which is a write to it.
+            Err(Errno::ACCESS) => open_to_owner(directory.as_fd(), &entry).and_then(|()| Ok(rename()?)),
+            renamed => renamed.map_err(Into::into),
+        };
+        match renamed {
             Ok(()) => moved.push(fresh),
-            Err(Errno::NOENT) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(moved)
+}
+
+/// Only for what was just seen to be a directory, and where no guest runs any
+/// more: this follows symbolic links.
+fn open_to_owner(parent: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    Ok(rustix::fs::chmodat(parent, name, OPEN_TO_OWNER, AtFlags::empty())?)
 }
 
 /// False when it is a directory with something in it.

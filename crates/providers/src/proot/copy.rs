@@ -32,10 +32,16 @@ pub(super) struct Copied {
 }
 
 /// Merges layers, bottom first, into the directory `target`. With `owner`,
-/// which only root may give, everything there becomes his.
-pub(super) fn copy_layers<P: AsRef<Path>>(layers: &[P], target: &Path, owner: Option<u32>) -> io::Result<Copied> {
+/// which only root may give, everything there becomes his. Files of more than
+/// `most` bytes together are `QuotaExceeded`.
+pub(super) fn copy_layers<P: AsRef<Path>>(
+    layers: &[P],
+    target: &Path,
+    owner: Option<u32>,
+    most: Option<u64>,
+) -> io::Result<Copied> {
     let target = open_directory(rustix::fs::CWD, target)?;
-    let mut work = Work { owner, copied: Copied::default() };
+    let mut work = Work { owner, room: most.unwrap_or(u64::MAX), copied: Copied::default() };
     for layer in layers {
         let layer =
             rustix::fs::open(layer.as_ref(), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
@@ -85,6 +91,8 @@ fn is_dots(name: &CStr) -> bool {
 
 struct Work {
     owner: Option<u32>,
+    /// Bytes that may still be copied.
+    room: u64,
     copied: Copied,
 }
 
@@ -164,6 +172,8 @@ impl Work {
             }
             Err(error) => return Err(error.into()),
         };
+        let size = stat.st_size.cast_unsigned();
+        self.room = self.room.checked_sub(size).ok_or(io::ErrorKind::QuotaExceeded)?;
         remove(target, name)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let to = rustix::fs::openat(target, name, flags, Mode::RUSR | Mode::WUSR)?;
@@ -235,7 +245,7 @@ mod tests {
         std::fs::write(lower.join("closed/kept"), "kept").unwrap();
         std::fs::set_permissions(lower.join("closed"), PermissionsExt::from_mode(0o500)).unwrap();
 
-        let copied = copy_layers(&[&lower, &upper], &target, None).unwrap();
+        let copied = copy_layers(&[&lower, &upper], &target, None, Some(100)).unwrap();
         assert_eq!(copied, Copied { files: 4, unreadable: 0 });
         assert_eq!(std::fs::read_to_string(outside.join("precious")).unwrap(), "precious");
         assert_eq!(std::fs::read_to_string(target.join("way-out/precious")).unwrap(), "overwritten");
@@ -244,5 +254,10 @@ mod tests {
         assert_eq!(std::fs::read_to_string(target.join("program")).unwrap(), "new");
         assert_eq!(std::fs::metadata(target.join("closed")).unwrap().mode() & 0o777, 0o700);
         assert_eq!(std::fs::read_to_string(target.join("closed/kept")).unwrap(), "kept");
+
+        let small = dir.path().join("small");
+        std::fs::create_dir(&small).unwrap();
+        let refused = copy_layers(&[&lower, &upper], &small, None, Some(10)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::QuotaExceeded);
     }
 }

@@ -185,6 +185,7 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, ProotError> {
         become_id: uid,
         cgroup,
         max_processes: plan.limits.max_processes,
+        memory_is_watched: plan.limits.watched.memory,
         max_file_bytes: Some(plan.limits.disk_bytes).filter(|bytes| *bytes > 0),
         reach: program::reach(&plan.program, &sandbox),
         program: plan.program.clone(),
@@ -223,9 +224,14 @@ async fn fill(runtime: &Runtime, plan: &Plan, sandbox: &Path, uid: Option<u32>) 
     let (layers, hostname) = (plan.source.layers.clone(), plan.spec.hostname.clone());
     let (shares_network, workdir) = (plan.shares_network, plan.source.workdir.clone());
     let (sandbox, program) = (sandbox.to_owned(), plan.program.clone());
+    let disk = Some(plan.limits.disk_bytes).filter(|bytes| *bytes > 0);
     let filled = tokio::task::spawn_blocking(move || {
-        let place = Place { hostname: &hostname, shares_network, owner: uid, workdir: workdir.as_deref() };
-        rootfs::build(&layers, &state::root_dir(&sandbox), &place).map_err(ProotError::file("fill", &sandbox))?;
+        let place =
+            Place { hostname: &hostname, shares_network, owner: uid, workdir: workdir.as_deref(), most_bytes: disk };
+        rootfs::build(&layers, &state::root_dir(&sandbox), &place).map_err(|error| match (error.kind(), disk) {
+            (io::ErrorKind::QuotaExceeded, Some(bytes)) => ProotError::TooLarge(bytes >> 20),
+            _ => ProotError::file("fill", &sandbox)(error),
+        })?;
         let agent = state::agent_file(&sandbox);
         std::fs::write(&agent, stacyvm_agent_embed::AGENT).map_err(ProotError::file("write", &agent))?;
         let mode = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode));
@@ -234,8 +240,11 @@ async fn fill(runtime: &Runtime, plan: &Plan, sandbox: &Path, uid: Option<u32>) 
         let temporary = state::temporary_dir(&sandbox);
         std::fs::create_dir(&temporary).map_err(ProotError::file("make", &temporary))?;
         if uid.is_some() {
-            std::os::unix::fs::chown(&temporary, uid, uid).map_err(ProotError::file("give away", &temporary))?;
-            mode(&sandbox, 0o711).map_err(ProotError::file("set the mode of", &sandbox))?;
+            let chown = std::os::unix::fs::chown;
+            chown(&temporary, uid, uid).map_err(ProotError::file("give away", &temporary))?;
+            // Its user may pass, and nobody else of this host.
+            chown(&sandbox, None, uid).map_err(ProotError::file("give away", &sandbox))?;
+            mode(&sandbox, 0o710).map_err(ProotError::file("set the mode of", &sandbox))?;
         }
         Ok(())
     });

@@ -36,6 +36,11 @@ pub(super) enum ProotError {
     NoProgram(PathBuf),
     #[error("{0} exists already")]
     Exists(SandboxId),
+    #[error(
+        "the image does not fit into the sandbox's disk of {0} MiB, which holds its own copy of it: ask for more \
+         (`disk_size_mb`, at most providers.proot.max_disk_mb)"
+    )]
+    TooLarge(u64),
     #[error("no uid is left on this host")]
     NoUids,
     #[error("{0} did not end although it was killed")]
@@ -53,7 +58,7 @@ impl ProotError {
 
     pub(super) fn of(self, operation: &'static str) -> ProviderError {
         match self {
-            Self::Exists(_) => ProviderError::InvalidSpec { message: self.to_string() },
+            Self::Exists(_) | Self::TooLarge(_) => ProviderError::InvalidSpec { message: self.to_string() },
             Self::NoUids => ProviderError::Exhausted { message: self.to_string() },
             Self::NoProgram(_) => ProviderError::Unavailable {
                 provider: NAME.to_owned(),

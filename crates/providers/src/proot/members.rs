@@ -8,9 +8,10 @@
 //! its guests are known by the sandbox's own uid, or by what they have open of
 //! the sandbox's root.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,8 @@ const PAUSE: Duration = Duration::from_millis(5);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Row {
     pid: i32,
-    uid: u32,
+    /// Real, effective, saved, and of files.
+    uids: [u32; 4],
     tracer: i32,
 }
 
@@ -88,10 +90,10 @@ pub(super) async fn end_stragglers(record: &Record, sandbox: &Path) -> Result<()
     }
     let failed = ProotError::system("kill what is left of the sandbox");
     if let Some(uid) = record.uid {
-        return end_all(|row| row.uid == uid).await.map_err(failed);
+        return end_all(|row| row.uids.contains(&uid)).await.map_err(failed);
     }
     let (own, sandbox) = (rustix::process::geteuid().as_raw(), sandbox.to_owned());
-    end_all(move |row| row.uid == own && uses(row.pid, &sandbox)).await.map_err(failed)
+    end_all(move |row| row.uids[0] == own && uses(row.pid, &sandbox)).await.map_err(failed)
 }
 
 /// Whether a process works in a directory, or runs a program of it.
@@ -146,11 +148,12 @@ fn read_row(pid: i32) -> Option<Row> {
 /// `proc_pid_status(5)`; `None` for one that has ended.
 fn parse_row(pid: i32, status: &str) -> Option<Row> {
     // The name comes first and can hold no line break.
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next();
-    if matches!(field("State:")?, "Z" | "X") {
+    let fields = |name: &str| Some(status.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace());
+    if matches!(fields("State:")?.next()?, "Z" | "X") {
         return None;
     }
-    Some(Row { pid, uid: field("Uid:")?.parse().ok()?, tracer: field("TracerPid:")?.parse().ok()? })
+    let uids: Vec<u32> = fields("Uid:")?.map(str::parse).collect::<Result<_, _>>().ok()?;
+    Some(Row { pid, uids: uids.try_into().ok()?, tracer: fields("TracerPid:")?.next()?.parse().ok()? })
 }
 
 /// A process below PRoot, with what it uses.
@@ -179,10 +182,20 @@ fn memory_bytes(status: &str) -> u64 {
     ["RssAnon:", "RssShmem:", "VmSwap:"].into_iter().filter_map(kib).sum::<u64>() << 10
 }
 
+/// What files take that have no name any more, but are open.
+pub(super) fn unlinked_bytes(members: &[Member]) -> u64 {
+    let open = members.iter().flat_map(|member| std::fs::read_dir(format!("/proc/{}/fd", member.pid)));
+    let files = open.flatten().flatten().filter_map(|entry| std::fs::metadata(entry.path()).ok());
+    let unlinked = files.filter(|file| file.is_file() && file.nlink() == 0);
+    let distinct: HashMap<(u64, u64), u64> =
+        unlinked.map(|file| ((file.dev(), file.ino()), file.blocks() * 512)).collect();
+    distinct.values().sum()
+}
+
 /// Kills some of them.
 pub(super) fn kill(proot: i32, pids: impl IntoIterator<Item = i32>) {
     for pid in pids {
-        kill_exactly(&Row { pid, uid: 0, tracer: proot }, |row| row.tracer == proot);
+        kill_exactly(&Row { pid, uids: [0; 4], tracer: proot }, |row| row.tracer == proot);
     }
 }
 
@@ -200,8 +213,8 @@ mod tests {
 
     #[test]
     fn rows_are_read_and_the_dead_are_not_there() {
-        let status = "Name:\tx\nState:\tS (sleeping)\nTracerPid:\t42\nUid:\t7\t7\t7\t7\n";
-        assert_eq!(parse_row(5, status), Some(Row { pid: 5, uid: 7, tracer: 42 }));
+        let status = "Name:\tx\nState:\tS (sleeping)\nTracerPid:\t42\nUid:\t7\t8\t9\t8\n";
+        assert_eq!(parse_row(5, status), Some(Row { pid: 5, uids: [7, 8, 9, 8], tracer: 42 }));
         assert_eq!(parse_row(5, &status.replace("S (sleeping)", "Z (zombie)")), None);
         assert_eq!(parse_row(5, ""), None);
         assert_eq!(memory_bytes("RssAnon:\t     100 kB\nRssFile:\t 7 kB\nVmSwap:\t 4 kB\n"), 104 << 10);

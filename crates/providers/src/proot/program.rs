@@ -45,7 +45,7 @@ pub(super) fn arguments(sandbox: &Path) -> Vec<String> {
     let text = |path: PathBuf| path.to_string_lossy().into_owned();
     let mut arguments = vec!["-0".to_owned(), "-r".to_owned(), text(state::root_dir(sandbox))];
     let agent = format!("{}:/{}", text(state::agent_file(sandbox)), rootfs::AGENT);
-    let binds = rootfs::binds().into_iter().map(text);
+    let binds = rootfs::read_binds().chain(rootfs::device_binds()).map(text);
     for bind in binds.chain([agent]) {
         arguments.extend(["-b".to_owned(), bind]);
     }
@@ -54,14 +54,16 @@ pub(super) fn arguments(sandbox: &Path) -> Vec<String> {
     arguments
 }
 
-/// What it and the programs in it may touch of this host.
+/// What it and the programs in it may touch of this host. Nobody writes to
+/// `/proc`: the memory of PRoot itself is there.
 pub(super) fn reach(program: &Path, sandbox: &Path) -> ReachPlan {
     ReachPlan {
         read: [program.to_owned(), state::agent_file(sandbox)]
             .into_iter()
             .chain(loader::of(sandbox).map(|(_, path)| path))
+            .chain(rootfs::read_binds())
             .collect(),
-        write: rootfs::binds().into_iter().chain([state::root_dir(sandbox), state::temporary_dir(sandbox)]).collect(),
+        write: rootfs::device_binds().chain([state::root_dir(sandbox), state::temporary_dir(sandbox)]).collect(),
     }
 }
 

@@ -107,12 +107,14 @@ pub(super) struct Place<'a> {
     pub(super) owner: Option<u32>,
     /// Where commands start; made where the image lacks it.
     pub(super) workdir: Option<&'a str>,
+    /// Its files together, at most.
+    pub(super) most_bytes: Option<u64>,
 }
 
 /// Makes a private root at `root`, which must not exist.
 pub(super) fn build(layers: &[PathBuf], root: &Path, place: &Place<'_>) -> io::Result<()> {
     std::fs::create_dir(root)?;
-    copy::copy_layers(layers, root, place.owner)?;
+    copy::copy_layers(layers, root, place.owner, place.most_bytes)?;
     let root = copy::open_directory(rustix::fs::CWD, root)?;
     rustix::fs::fchmod(&root, Mode::from_raw_mode(0o755))?;
     let seed = Seed { owner: place.owner };
@@ -147,15 +149,20 @@ pub(super) fn build(layers: &[PathBuf], root: &Path, place: &Place<'_>) -> io::R
 
 /// Unpacks an image into an empty directory, as a root for later sandboxes.
 pub fn unpack(layers: &[PathBuf], root: &Path) -> io::Result<()> {
-    copy::copy_layers(layers, root, None)?;
+    copy::copy_layers(layers, root, None, None)?;
     let root = copy::open_directory(rustix::fs::CWD, root)?;
     Ok(rustix::fs::fchmod(root, Mode::from_raw_mode(0o755))?)
 }
 
-/// What of the host is shown where: each at its own path.
-pub(super) fn binds() -> Vec<PathBuf> {
+/// What of the host is shown where, each at its own path: for reading.
+pub(super) fn read_binds() -> impl Iterator<Item = PathBuf> {
+    ["/proc", "/sys"].into_iter().map(PathBuf::from).filter(|path| path.exists())
+}
+
+/// As above, for writing too.
+pub(super) fn device_binds() -> impl Iterator<Item = PathBuf> {
     let devices = DEVICES.iter().map(|name| Path::new("/dev").join(name));
-    ["/proc", "/sys", "/dev/pts"].into_iter().map(PathBuf::from).chain(devices).filter(|path| path.exists()).collect()
+    std::iter::once(PathBuf::from("/dev/pts")).chain(devices).filter(|path| path.exists())
 }
 
 /// Which of these programs a root has, by the usual places; links are not

@@ -13,7 +13,8 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -121,7 +122,8 @@ pub(super) fn log_file(sandbox: &Path) -> PathBuf {
 /// Writes the record; a reader sees it whole or not at all.
 pub(super) fn save(sandbox: &Path, record: &Record) -> io::Result<()> {
     let fresh = sandbox.join("state.new");
-    std::fs::write(&fresh, serde_json::to_vec(record)?)?;
+    let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+    file.write_all(&serde_json::to_vec(record)?)?;
     std::fs::rename(fresh, sandbox.join("state.json"))
 }
 

@@ -86,7 +86,8 @@ fn look(live: &Live, root: Option<&Path>) {
         }
     }
     if let Some(root) = root {
-        let used = disk_bytes(root).unwrap_or(0);
+        let unlinked = members::unlinked_bytes(&members::of(proot));
+        let used = disk_bytes(root).unwrap_or(0).saturating_add(unlinked);
         if used > record.disk_limit_bytes {
             tracing::info!(sandbox = %record.id, used, "beyond its disk limit; its commands are killed");
             members::kill(proot, commands(&members::of(proot)).into_iter().map(|member| member.pid));
@@ -115,10 +116,13 @@ fn below(directory: &File, depth: usize) -> u64 {
         let Ok(stat) = rustix::fs::statat(directory.as_fd(), name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
         // A file with several names counts once for each: it cannot be told.
         total = total.saturating_add(stat.st_blocks.cast_unsigned() * 512);
-        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory
-            && let Ok(inner) = open_directory(directory, name)
-        {
-            total = total.saturating_add(below(&inner.into(), depth + 1));
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            total = total.saturating_add(match open_directory(directory, name) {
+                Ok(inner) => below(&inner.into(), depth + 1),
+                // Closed to its owner, which is us: something is hidden in it.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => u64::MAX,
+                Err(_) => 0,
+            });
         }
     }
     total

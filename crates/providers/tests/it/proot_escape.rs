@@ -118,6 +118,103 @@ async fn calls_that_proot_does_not_know_are_not_there() {
     fixture.finish().await;
 }
 
+/// What a guest may do to other processes of its user, by number of the call
+/// and arguments, with the error that it gets (Linux on x86_64).
+#[cfg(target_arch = "x86_64")]
+async fn others_are_left_alone() {
+    let fixture = Proot::with(Apart::Shared, |options| options.rootfs = crate::proot_fixture::debian_root()).await;
+    let id = fixture.create(&fixture.spec()).await;
+    let own = std::process::id();
+    let script = format!(
+        r#"sub try {{ my $name = shift; $! = 0; my $r = syscall(shift, @_); print "$name ", ($r < 0 ? $! + 0 : "worked"), "\n" }}
+        my $none = pack("QQ", 0, 0);
+        try("prlimit", 302, {own}, 7, $none, 0);
+        try("prlimit of oneself", 302, 0, 4, $none, 0);
+        try("reading limits", 302, 0, 7, 0, my $old = $none);
+        try("nice", 141, 0, {own}, 5);
+        try("nice of a user", 141, 2, 0, 5);
+        try("nice of oneself", 141, 0, 0, 5);
+        try("scheduler", 144, {own}, 0, pack("i", 0));
+        try("pidfd_send_signal", 424, 0, 9, 0, 0);
+        try("shared memory", 29, 4711, 4096, 0600);
+        try("file in memory", 319, my $n = "x", 0);
+        try("owner of signals", 72, 0, 8, {own});
+        try("not dumpable", 157, 4, 0, 0, 0, 0);
+        try("datagrams to paths", 41, 1, 2 | 02000000, 0);
+        try("raw to paths", 41, 1, 3, 0);
+        try("pair of datagrams", 53, 1, 2, 0, my $pair = pack("ii", 0, 0));
+        try("streams", 41, 1, 1, 0);
+        try("datagrams elsewhere", 41, 2, 2, 0);"#
+    );
+    let ran = fixture.run(&id, crate::proot_fixture::argv(&["perl", "-e", &script])).await;
+    let expected = "prlimit 1
+prlimit of oneself worked
+reading limits worked
+nice 1
+nice of a user 1
+                    nice of oneself worked
+scheduler 1
+pidfd_send_signal 38
+shared memory 38
+file in memory 38
+                    owner of signals 1
+not dumpable 1
+datagrams to paths 1
+raw to paths 1
+pair of datagrams 1
+                    streams worked
+datagrams elsewhere worked
+";
+    assert_eq!(ran.stdout, expected, "{ran:?}");
+    fixture.provider.destroy(&id).await.expect("destroyed");
+    fixture.finish().await;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn others_are_left_alone_by_an_ordinary_users_guest() {
+    const NAME: &str = "proot_escape::others_are_left_alone_by_an_ordinary_users_guest";
+    as_ordinary_user(NAME, Circumstances::ALONE, others_are_left_alone);
+}
+
+/// Whoever writes to PRoot's memory decides what PRoot does.
+#[cfg(target_arch = "x86_64")]
+async fn proots_memory_is_closed(apart: Apart) {
+    let fixture = Proot::with(apart, |options| options.rootfs = crate::proot_fixture::debian_root()).await;
+    let id = fixture.create(&fixture.spec()).await;
+    let proot = if apart == Apart::Namespaces { 1 } else { fixture.pid(&id) };
+    let script = format!(
+        r#"print open(my $f, '+<', "/proc/{proot}/mem") ? "open\n" : $! + 0 . "\n";
+        for my $call (310, 311) {{ $! = 0; syscall($call, {proot}, 0, 0, 0, 0, 0); print $! + 0, "\n" }}
+        open($f, '<', "/proc/{proot}/fd/4") or die "closed\n"; print <$f>"#
+    );
+    let ran = fixture.run(&id, crate::proot_fixture::argv(&["perl", "-e", &script])).await;
+    // 13 and 1: by Landlock, by the filter. The configuration was there once.
+    assert_eq!(
+        ran.stdout,
+        "13
+1
+1
+",
+        "{ran:?}"
+    );
+    fixture.provider.destroy(&id).await.expect("destroyed");
+    fixture.finish().await;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[tokio::test(flavor = "multi_thread")]
+async fn proots_memory_is_closed_with_namespaces() {
+    proots_memory_is_closed(Apart::Namespaces).await;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn proots_memory_is_closed_to_an_ordinary_users_guest() {
+    const NAME: &str = "proot_escape::proots_memory_is_closed_to_an_ordinary_users_guest";
+    as_ordinary_user(NAME, Circumstances::ALONE, async || proots_memory_is_closed(Apart::Shared).await);
+}
+
 /// The launcher confines whatever it starts; here that is a program that goes
 /// straight for the host's files, as code that overcame PRoot would.
 async fn the_kernel_holds_without_proot() {

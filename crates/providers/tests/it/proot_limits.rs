@@ -4,7 +4,7 @@ use stacyvm_api::Limit;
 use stacyvm_sandbox::{Provider as _, ProviderError, SandboxSpec};
 
 use crate::ordinary_user::{Circumstances, as_ordinary_user};
-use crate::proot_fixture::{Apart, Proot};
+use crate::proot_fixture::{Apart, Proot, argv, debian_root};
 
 #[test]
 fn a_watcher_holds_memory_and_files() {
@@ -28,6 +28,39 @@ fn a_watcher_holds_memory_and_files() {
         let ran = fixture.sh(&id, fill).await;
         assert!(ran.exit.signal.is_some() || ran.exit.code != Some(0), "{ran:?}");
         assert_eq!(fixture.output(&id, "rm -f /workspace/f*; echo cleaned").await, "cleaned");
+        fixture.provider.destroy(&id).await.expect("destroyed");
+        fixture.finish().await;
+    });
+}
+
+/// Ways of taking more of the disk than a look at the tree shows.
+#[test]
+fn hidden_files_count_and_are_removed() {
+    const NAME: &str = "proot_limits::hidden_files_count_and_are_removed";
+    as_ordinary_user(NAME, Circumstances::ALONE, async || {
+        let fixture = Proot::with(Apart::Shared, |options| options.rootfs = debian_root()).await;
+        let mut spec = SandboxSpec { requested: [Limit::Disk].into(), ..fixture.spec() };
+        spec.disk.size_mib = Some(16);
+        let refused = fixture.provider.create(&stacyvm_api::SandboxId::random(), &spec, &()).await;
+        let Err(ProviderError::InvalidSpec { message }) = refused else { panic!("{refused:?}") };
+        assert!(message.contains("disk of 16 MiB"), "{message}");
+
+        spec.disk.size_mib = Some(600);
+        let id = fixture.create(&spec).await;
+        // PRoot keeps directories open to their owner, but not by this call.
+        let close = "mkdir '/workspace/closed'; mkdir '/workspace/closed/inner'; \
+                     open my $f, '>', '/workspace/closed/inner/file'; close $f; \
+                     opendir my $d, '/workspace/closed/inner'; chmod 0300, $d; \
+                     opendir $d, '/workspace/closed'; chmod 0300, $d; sleep 600";
+        let ran = fixture.run(&id, argv(&["perl", "-e", close])).await;
+        assert!(ran.exit.signal.is_some() || ran.exit.code != Some(0), "it went on: {ran:?}");
+        fixture.provider.destroy(&id).await.expect("destroyed");
+
+        let id = fixture.create(&spec).await;
+        let unlink = "for my $i (1 .. 3) { open $f[$i], '>', '/workspace/f'; unlink '/workspace/f'; \
+                      print { $f[$i] } 'x' x 200_000_000; $f[$i]->flush } sleep 600";
+        let ran = fixture.run(&id, argv(&["perl", "-MIO::Handle", "-e", unlink])).await;
+        assert!(ran.exit.signal.is_some() || ran.exit.code != Some(0), "it went on: {ran:?}");
         fixture.provider.destroy(&id).await.expect("destroyed");
         fixture.finish().await;
     });

@@ -11,6 +11,7 @@ use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::process::{Resource, Rlimit};
 
+use super::filter::Sharing;
 use super::main::{Failure, InStep as _};
 use super::protocol::{LaunchPlan, NamespacePlan};
 use super::{filter, reach};
@@ -118,7 +119,11 @@ fn launch(
     arrange(descriptors, log, status, &mut gate)?;
 
     let usual = seccomp::build().step("build the system call filter")?;
-    let ours = filter::build(plan.namespaces.is_none().then(|| std::process::id().cast_signed()));
+    let ours = filter::build(&Sharing {
+        proot: std::process::id().cast_signed(),
+        hosts_processes: plan.namespaces.is_none(),
+        memory_is_watched: plan.memory_is_watched,
+    });
 
     gate.read_exact(&mut [0]).step("wait for the launcher")?;
     rustix::thread::set_no_new_privs(true).step("set no_new_privs")?;

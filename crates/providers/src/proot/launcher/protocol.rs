@@ -39,6 +39,7 @@ pub(in crate::proot) struct LaunchPlan {
     pub(in crate::proot) cgroup: CgroupPlan,
     /// Processes of this user (in this user namespace) at most.
     pub(in crate::proot) max_processes: Option<u64>,
+    pub(in crate::proot) memory_is_watched: bool,
     /// Longest file that may be written.
     pub(in crate::proot) max_file_bytes: Option<u64>,
     pub(in crate::proot) reach: ReachPlan,
