@@ -22,7 +22,7 @@ impl Shared {
     /// Checks all providers at the same time, each within its deadline.
     pub(crate) async fn check_providers(&self) -> Vec<ProviderHealth> {
         // Each is known as soon as it is: one that hangs holds up no other.
-        let checks = self.providers.values().map(async |provider| {
+        let checks = self.providers.values().map(|provider| async move {
             let health = self.check_provider(provider).await;
             let mut cache = self.health.0.write().unwrap_or_else(PoisonError::into_inner);
             if cache.get(&health.name).is_some_and(|before| before.healthy != health.healthy) {
