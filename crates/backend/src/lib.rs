@@ -11,6 +11,7 @@
 
 mod error;
 mod guard;
+mod order;
 mod routes;
 mod state;
 mod utf8;

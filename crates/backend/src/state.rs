@@ -15,6 +15,7 @@ use stacyvm_sandbox::{
 
 use crate::BackendOptions;
 use crate::error::{Answer, Refusal};
+use crate::order;
 
 const DEFAULT_MEMORY_MIB: u64 = 1024;
 const DEFAULT_PIDS: u64 = 1024;
@@ -40,9 +41,7 @@ impl App {
     }
 
     pub(crate) async fn create(&self, request: SpawnRequest) -> Answer<(SandboxId, Created)> {
-        if request.image.trim().is_empty() {
-            return Err(Refusal::bad_request("an image is required"));
-        }
+        order::check(&request)?;
         let id = match &request.spec {
             Some(spec) => spec.id.parse().map_err(|_| Refusal::bad_request("the id cannot be one"))?,
             None => SandboxId::random(),
@@ -73,10 +72,10 @@ impl App {
         let network = full.network.unwrap_or(NetworkRequest { mode, allow: Vec::new() });
         SandboxSpec {
             image: request.image,
-            memory_mib: request.memory_mb.unwrap_or(DEFAULT_MEMORY_MIB),
-            vcpus: request.vcpus.filter(|vcpus| vcpus.is_finite() && *vcpus > 0.0).unwrap_or(1.0),
-            pids_limit: full.pids_limit.unwrap_or(DEFAULT_PIDS),
-            disk: DiskRequest { size_mib: request.disk_size_mb, in_memory: full.disk_in_memory },
+            memory_mib: request.memory_mb.filter(|mib| *mib > 0).unwrap_or(DEFAULT_MEMORY_MIB),
+            vcpus: request.vcpus.filter(|vcpus| *vcpus > 0.0).unwrap_or(1.0),
+            pids_limit: full.pids_limit.filter(|pids| *pids > 0).unwrap_or(DEFAULT_PIDS),
+            disk: DiskRequest { size_mib: request.disk_size_mb.filter(|mib| *mib > 0), in_memory: full.disk_in_memory },
             requested: full.requested.into_iter().collect::<BTreeSet<_>>(),
             network: NetworkPolicy { mode: network.mode, allow: network.allow },
             env: full.env,

@@ -21,16 +21,17 @@ pub(crate) struct HealthCache(RwLock<BTreeMap<String, ProviderHealth>>);
 impl Shared {
     /// Checks all providers at the same time, each within its deadline.
     pub(crate) async fn check_providers(&self) -> Vec<ProviderHealth> {
-        let checks = self.providers.values().map(|provider| self.check_provider(provider));
-        let all = join_all(checks).await;
-        let mut cache = self.health.0.write().unwrap_or_else(PoisonError::into_inner);
-        for health in &all {
+        // Each is known as soon as it is: one that hangs holds up no other.
+        let checks = self.providers.values().map(|provider| async move {
+            let health = self.check_provider(provider).await;
+            let mut cache = self.health.0.write().unwrap_or_else(PoisonError::into_inner);
             if cache.get(&health.name).is_some_and(|before| before.healthy != health.healthy) {
                 tracing::info!(provider = health.name, healthy = health.healthy, error = health.error, "provider");
             }
             cache.insert(health.name.clone(), health.clone());
-        }
-        all
+            health
+        });
+        join_all(checks).await
     }
 
     /// In order of name.

@@ -10,6 +10,7 @@ use futures_util::stream::{self, StreamExt as _};
 use serde_json::{Map, Value};
 use stacyvm_api::{EventKind, Sandbox, SandboxId, SandboxState};
 use stacyvm_sandbox::{Provider, RuntimeSandbox, RuntimeState};
+use tokio::sync::Notify;
 
 use crate::EngineError;
 use crate::event::Subject;
@@ -24,6 +25,9 @@ use crate::store::{SandboxRow, StoreError};
 /// Sandboxes settled at the same time.
 const PARALLEL: usize = 32;
 
+/// A runtime and what is on record there.
+type Work = (Arc<dyn Provider>, Vec<Arc<Record>>);
+
 /// When a comparison is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Occasion {
@@ -32,6 +36,11 @@ enum Occasion {
     /// Creates and destroys of this process are under way and look after
     /// themselves.
     Timer,
+}
+
+/// Whether a runtime is on another machine, which may not answer for long.
+fn is_elsewhere(provider: &dyn Provider) -> bool {
+    provider.capabilities().family == "remote_http"
 }
 
 impl Shared {
@@ -57,8 +66,15 @@ impl Shared {
     }
 
     /// Settles everything once, at start.
-    pub(crate) async fn recover(self: Arc<Self>) {
-        self.reconcile(Occasion::Start).await;
+    /// `here` tells when the runtimes of this machine are done with.
+    pub(crate) async fn recover(self: Arc<Self>, here: &Notify) {
+        let (elsewhere, local): (Vec<_>, Vec<_>) =
+            self.records_by_provider().into_iter().partition(|(provider, _)| is_elsewhere(provider.as_ref()));
+        let local = async {
+            self.reconcile(local, Occasion::Start).await;
+            here.notify_one();
+        };
+        tokio::join!(local, self.reconcile(elsewhere, Occasion::Start));
     }
 
     /// Settles what went wrong, until the engine stops.
@@ -68,11 +84,11 @@ impl Shared {
         ticks.tick().await;
         loop {
             ticks.tick().await;
-            self.reconcile(Occasion::Timer).await;
+            self.reconcile(self.records_by_provider(), Occasion::Timer).await;
         }
     }
 
-    async fn reconcile(self: &Arc<Self>, occasion: Occasion) {
+    fn records_by_provider(&self) -> Vec<Work> {
         let mut by_provider: HashMap<String, Vec<Arc<Record>>> = HashMap::new();
         for record in self.all_records() {
             by_provider.entry(record.provider.name().to_owned()).or_default().push(record);
@@ -86,6 +102,10 @@ impl Shared {
                 work.push((Arc::clone(&first.provider), records));
             }
         }
+        work
+    }
+
+    async fn reconcile(self: &Arc<Self>, work: Vec<Work>, occasion: Occasion) {
         let settle = |(provider, records)| self.reconcile_provider(provider, records, occasion);
         stream::iter(work).for_each_concurrent(None, settle).await;
     }

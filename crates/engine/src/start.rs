@@ -20,6 +20,9 @@ use crate::shared::Shared;
 use crate::store::Store;
 use crate::{EngineError, EngineOptions, Keys};
 
+/// Longest wait for runtimes of other machines: whether they answer is nothing
+/// that the sandboxes of this one should wait for.
+const ELSEWHERE_WAIT: Duration = Duration::from_secs(2);
 /// Longest wait for background work at an orderly end.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -97,15 +100,21 @@ async fn begin_background_work(shared: &Arc<Shared>) {
     // Ends at the stop by itself, never in the middle of a batch.
     shared.tasks.spawn(async move { writer.run(stop).await });
     let recovered = Arc::new(Notify::new());
-    let (first, tell) = (Arc::clone(shared), Arc::clone(&recovered));
+    let here = Arc::new(Notify::new());
+    let (first, tell, tell_here) = (Arc::clone(shared), Arc::clone(&recovered), Arc::clone(&here));
     shared.spawn(async move {
-        tokio::join!(Arc::clone(&first).recover(), first.check_providers());
+        tokio::join!(Arc::clone(&first).recover(&tell_here), first.check_providers());
         tell.notify_one();
         // On a timer only after the first comparison: its leftovers are not
         // this process's own work.
         first.keep_reconciling().await;
     });
-    if tokio::time::timeout(shared.options.timing.recovery_wait, recovered.notified()).await.is_err() {
+    let settled = async {
+        if tokio::time::timeout(ELSEWHERE_WAIT, recovered.notified()).await.is_err() {
+            here.notified().await;
+        }
+    };
+    if tokio::time::timeout(shared.options.timing.recovery_wait, settled).await.is_err() {
         tracing::warn!("taking in what an earlier process left goes on in the background");
     }
     let reaper = Arc::clone(shared);

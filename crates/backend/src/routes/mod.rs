@@ -14,8 +14,10 @@ use axum::routing::{MethodRouter, delete, get, post};
 use crate::guard;
 use crate::state::App;
 
-/// A request that is kept in memory, at most: text of a file.
-const BODY_BYTES_MAX: usize = 96 << 20;
+/// A request that is kept in memory, at most.
+const BODY_BYTES_MAX: usize = 1 << 20;
+/// The same where it holds the text of a file.
+const TEXT_BODY_BYTES_MAX: usize = 96 << 20;
 
 /// Every route, as `docs/custom-backend.openapi.json` has them too.
 pub const ROUTES: [(&str, &str); 25] = [
@@ -76,7 +78,7 @@ fn handler(method: &str, path: &str) -> MethodRouter<App> {
         ("GET", "/sandboxes/{id}/agent") => get(stream::agent),
         ("POST", "/exec") => post(exec::run),
         ("GET", "/files") => get(file::read),
-        ("POST", "/files") => post(file::write),
+        ("POST", "/files") => post(file::write).layer(DefaultBodyLimit::max(TEXT_BODY_BYTES_MAX)),
         ("PUT", "/files") => axum::routing::put(file::upload),
         ("DELETE", "/files") => delete(file::remove),
         ("GET", "/files/list") => get(file::list),

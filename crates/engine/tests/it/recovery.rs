@@ -1,13 +1,18 @@
 //! Crashes: the engine is dropped in the middle of something, and another one
 //! takes over the same database and the same runtime.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use futures_util::StreamExt as _;
-use stacyvm_api::{CreateRequest, EventKind, ListQuery, ProcessStatus, SandboxState, Template};
+use stacyvm_api::{CreateRequest, EventKind, ListQuery, ProcessStatus, SandboxId, SandboxState, Template};
 use stacyvm_engine::{CreateOptions, Engine, ExecEvent, StartOptions, UnknownSandboxes};
-use stacyvm_providers::mock::{Fault, MockOperation, Times};
-use stacyvm_sandbox::TerminalSize;
+use stacyvm_providers::mock::{Fault, MockOperation, MockProvider, Times};
+use stacyvm_sandbox::{
+    Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderError, RuntimeSandbox,
+    SandboxSpec, TerminalSize,
+};
 
 use crate::harness::{
     Host, PATIENCE, caller, create, create_with, data, event_of, eventually, of_owner, run, sh, state,
@@ -340,10 +345,10 @@ async fn sandboxes_of_a_provider_that_is_not_configured_stay_on_record() {
     let id = create(&engine).await.id;
     settle(&engine).await;
     drop(engine);
-    let other = stacyvm_providers::mock::MockProvider::new("other");
+    let other = MockProvider::new("other");
     let mut options = host.options();
     options.default_provider = "other".to_owned();
-    let engine = Engine::start(options, vec![std::sync::Arc::new(other)]).await.unwrap();
+    let engine = Engine::start(options, vec![Arc::new(other)]).await.unwrap();
     let found = engine.get(&caller(), &id).unwrap();
     assert_eq!(found.state, SandboxState::Unhealthy);
     assert!(found.reason.unwrap().contains("not configured"));
@@ -365,4 +370,63 @@ async fn an_orderly_restart_changes_nothing() {
         assert_eq!(&engine.get(&caller(), &sandbox.id).unwrap(), sandbox);
     }
     assert_eq!(host.mock.calls(MockOperation::Destroy).started, 0);
+}
+
+/// A runtime of another machine, which takes every call and answers none.
+struct Elsewhere;
+
+#[async_trait]
+impl Provider for Elsewhere {
+    fn name(&self) -> &'static str {
+        "elsewhere"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { family: "remote_http", ..Capabilities::default() }
+    }
+
+    async fn check(&self) -> HealthReport {
+        std::future::pending().await
+    }
+
+    async fn create(
+        &self,
+        _id: &SandboxId,
+        _spec: &SandboxSpec,
+        _progress: &dyn ProgressSink,
+    ) -> Result<Created, ProviderError> {
+        std::future::pending().await
+    }
+
+    async fn connect(&self, _id: &SandboxId) -> Result<Connection, ProviderError> {
+        std::future::pending().await
+    }
+
+    async fn destroy(&self, _id: &SandboxId) -> Result<(), ProviderError> {
+        std::future::pending().await
+    }
+
+    async fn list(&self) -> Result<Vec<RuntimeSandbox>, ProviderError> {
+        std::future::pending().await
+    }
+
+    async fn wait(&self, _id: &SandboxId) -> Result<(), ProviderError> {
+        std::future::pending().await
+    }
+}
+
+#[tokio::test]
+async fn a_runtime_elsewhere_that_hangs_does_not_hold_up_the_start() {
+    let host = Host::new();
+    let mut options = host.options();
+    // What the start would wait for otherwise.
+    for limit in
+        [&mut options.timing.list_timeout, &mut options.timing.health_timeout, &mut options.timing.recovery_wait]
+    {
+        *limit = PATIENCE * 10;
+    }
+    let providers: Vec<Arc<dyn Provider>> = vec![Arc::new(host.mock.clone()), Arc::new(Elsewhere)];
+    let started = tokio::time::timeout(PATIENCE, Engine::start(options, providers)).await;
+    let engine = started.expect("it does not wait for the other machine").unwrap();
+    create(&engine).await;
 }

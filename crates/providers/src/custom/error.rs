@@ -108,7 +108,7 @@ impl CallError {
                     return ProviderError::Exhausted { message: "the backend is at its limit".to_owned() };
                 }
                 (_, 404 | 410) => return ProviderError::NotFound(id.clone()),
-                (Some(Code::BadRequest), _) | (_, 400 | 422) => {
+                (Some(Code::BadRequest), _) | (_, 400 | 413 | 422) => {
                     return ProviderError::InvalidSpec {
                         message: format!("the backend refuses to {operation} (HTTP {status})"),
                     };

@@ -27,6 +27,8 @@ const SIGKILL: i32 = 9;
 /// A shell reports a signal's number above this.
 const SIGNAL_BASE: i32 = 128;
 const SIGNAL_MAX: i32 = 64;
+/// More output than any command writes, and far below where offsets overflow.
+const DROPPED_BYTES_MAX: u64 = 1 << 48;
 const OPERATION: &str = "run the command";
 
 impl BackendSession {
@@ -90,6 +92,9 @@ impl BackendSession {
             "stderr" => Channel::Stderr,
             "exit" => {
                 let timed_out = line.timed_out;
+                if line.signal.is_some_and(|signal| !(1..=SIGNAL_MAX).contains(&signal)) {
+                    return Err(CallError::Garbage("no signal has that number"));
+                }
                 process.finish(match (line.exit_code, line.signal) {
                     (_, Some(signal)) => Exit { code: None, signal: Some(signal), timed_out },
                     (Some(code), None) => Exit { timed_out, ..exit_of(code) },
@@ -100,7 +105,11 @@ impl BackendSession {
             }
             "error" => return Err(CallError::Refused { status: 500, code: line.code }),
             "dropped" => {
-                process.skip(line.bytes.unwrap_or(0));
+                let bytes = line.bytes.unwrap_or(0);
+                if bytes > DROPPED_BYTES_MAX {
+                    return Err(CallError::Garbage("no command wrote that much"));
+                }
+                process.skip(bytes);
                 return Ok(false);
             }
             // Unknown ones are skipped, as unknown lines are.
@@ -143,6 +152,7 @@ impl BackendSession {
         limit: Option<Duration>,
         run: impl Future<Output = Result<(), CallError>>,
     ) {
+        let _unsettled = Unsettled(process);
         let late = async {
             match limit {
                 Some(span) => tokio::time::sleep(span).await,
@@ -172,6 +182,19 @@ impl BackendSession {
     }
 }
 
+/// Whoever waits for a command hears of its end even when the task that follows
+/// it ends by a mistake of ours.
+struct Unsettled<'a>(&'a Process);
+
+impl Drop for Unsettled<'_> {
+    fn drop(&mut self) {
+        if !self.0.is_over() {
+            let cause = "what follows the command ended unexpectedly".into();
+            self.0.fail(SessionError::Failed { operation: OPERATION, cause });
+        }
+    }
+}
+
 /// The backend keeps the deadline and says so; this is for one that does not.
 pub(super) fn patience(deadline: Option<Duration>) -> Option<Duration> {
     deadline.map(|span| span.saturating_add(DEADLINE_GRACE))
@@ -196,9 +219,36 @@ pub(super) fn start_failure(error: CallError, request: &StartRequest) -> Session
 
 /// A signal is told as a shell does.
 fn exit_of(code: i32) -> Exit {
-    let signal = code - SIGNAL_BASE;
-    if (1..=SIGNAL_MAX).contains(&signal) {
-        return Exit { code: None, signal: Some(signal), timed_out: false };
+    match code.checked_sub(SIGNAL_BASE) {
+        Some(signal @ 1..=SIGNAL_MAX) => Exit { code: None, signal: Some(signal), timed_out: false },
+        _ => Exit { code: Some(code), signal: None, timed_out: false },
     }
-    Exit { code: Some(code), signal: None, timed_out: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use futures_util::StreamExt as _;
+
+    use super::*;
+    use crate::custom::inside::Inside;
+
+    #[tokio::test]
+    async fn a_command_ends_when_the_task_that_follows_it_does() {
+        let session = BackendSession {
+            http: http::Http::new("http://127.0.0.1:1", None, Duration::from_secs(1)).unwrap(),
+            backend_id: "box".to_owned(),
+            features: Arc::new(BTreeSet::new()),
+            env: BTreeMap::new(),
+            inside: Arc::new(Inside::default()),
+        };
+        let process = session.inside.add(&StartRequest::default(), None);
+        let events = process.stream(0);
+        let run = std::future::poll_fn(|_| -> std::task::Poll<Result<(), CallError>> { panic!("a mistake of ours") });
+        let task = tokio::spawn(async move { session.settle(&process, None, run).await });
+        task.await.expect_err("it ended by its mistake");
+        let last = tokio::time::timeout(Duration::from_secs(60), events.collect::<Vec<_>>()).await.unwrap().pop();
+        assert!(matches!(last, Some(Err(SessionError::Failed { .. }))), "{last:?}");
+    }
 }

@@ -49,9 +49,14 @@ use tunnel::Tunnel;
 /// How long an answer to a spawn that nobody waits for any more is awaited, to
 /// destroy what it made.
 const ABANDONED_SPAWN_TIME_MAX: Duration = Duration::from_mins(10);
+/// How long the server's start waits to hear what the backend can do; one that
+/// takes longer is asked again when it is used, and by each check of its health.
+const FIRST_LOOK_TIME_MAX: Duration = Duration::from_secs(2);
 /// Statuses that are asked for at once.
 const STATUS_CALLS_MAX: usize = 8;
 const BACKEND_ID_BYTES_MAX: usize = 256;
+/// Where nothing names the sandbox that a spawn may have made.
+const UNNAMED: &str = "create the sandbox: the answer does not name it, so one may be left at the backend";
 /// Metadata that says which of a backend's sandboxes are this server's.
 const OWNER_LABEL: &str = "stacyvm.owner";
 
@@ -126,7 +131,9 @@ impl CustomProvider {
         let registry = Registry::open(options.state_dir.join("sandboxes")).map_err(CustomError::State)?;
         let owner = registry::owner(&options.state_dir.join("owner")).map_err(CustomError::State)?;
         let provider = Self { options, http, registry, owner, offered: RwLock::default(), insides: Mutex::default() };
-        if let Err(error) = provider.discover().await {
+        let limit = FIRST_LOOK_TIME_MAX.min(provider.http.limit());
+        let first = tokio::time::timeout(limit, provider.discover()).await;
+        if let Err(error) = first.unwrap_or(Err(CallError::TimedOut(limit))) {
             tracing::warn!(provider = provider.name(), %error, "the backend does not answer yet");
         }
         Ok(provider)
@@ -185,14 +192,20 @@ impl CustomProvider {
     /// Orders the sandbox in a task of its own, so that one that is made after
     /// all is destroyed when nobody waits for it any more.
     async fn order(&self, id: &SandboxId, request: &SpawnRequest) -> Result<Spawned, CallError> {
-        let http = self.http.clone();
+        let (http, registry) = (self.http.clone(), self.registry.clone());
         let call = http.post(&["spawn"], request).header("idempotency-key", id.as_str());
         let own_id = request.spec.as_ref().map(|spec| spec.id.clone());
         let (answer, outcome) = oneshot::channel();
         tokio::spawn(async move {
             let spawned = http.json_within::<Spawned>(ABANDONED_SPAWN_TIME_MAX, call).await;
             let unwanted = match spawned {
-                Ok(spawned) => answer.send(Ok(spawned)).err().and_then(Result::ok).map(|spawned| spawned.id),
+                // The id that was ordered can be no other sandbox's.
+                Ok(spawned) => answer.send(Ok(spawned)).err().and_then(Result::ok).and_then(|spawned| {
+                    own_id.or_else(|| {
+                        let free = is_plausible(&spawned.id) && registry.has(&spawned.id).is_ok_and(|taken| !taken);
+                        free.then_some(spawned.id)
+                    })
+                }),
                 Err(error) => {
                     // Whether it was made is not known where the answer was lost.
                     let lost = !matches!(error, CallError::Refused { .. } | CallError::Unreachable(_));
@@ -268,6 +281,14 @@ impl CustomProvider {
             Ok(status) => Ok(state_of(status.state.as_deref())),
             // Only its remains are left, and they are ours.
             Err(error) if error.is_gone() => Ok(RuntimeState::Dead),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// One that is gone is as good as deleted.
+    async fn delete(&self, backend_id: &str) -> Result<(), CallError> {
+        match self.http.done(self.http.request(Method::DELETE, &["sandboxes", backend_id], &[])).await {
+            Ok(()) | Err(CallError::Refused { status: 404 | 410, .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
@@ -356,11 +377,16 @@ impl Provider for CustomProvider {
                     cause: None,
                 });
             }
+            Err(error @ CallError::Garbage(_)) if !offered.has(Feature::Spec) => {
+                return Err(ProviderError::Failed { operation: UNNAMED, cause: error.into() });
+            }
             Err(error) => return Err(error.of_provider(self.name(), id, Some(&spec.image), OPERATION)),
         };
         if !is_plausible(&spawned.id) || (offered.has(Feature::Spec) && spawned.id != id.as_str()) {
+            let freed = offered.has(Feature::Spec) && self.delete(id.as_str()).await.is_ok();
+            let operation = if freed { OPERATION } else { UNNAMED };
             let cause = CallError::Garbage("the id of the sandbox cannot be one").into();
-            return Err(ProviderError::Failed { operation: OPERATION, cause });
+            return Err(ProviderError::Failed { operation, cause });
         }
         if !offered.keeps_ids() {
             let env = if offered.has(Feature::Spec) { BTreeMap::new() } else { spec.env.clone() };
@@ -371,11 +397,18 @@ impl Provider for CustomProvider {
                 env,
                 metadata: spec.metadata.clone(),
             };
-            if let Err(error) = self.registry.put(id, &registered) {
-                // What cannot be found again must not stay.
-                let path = ["sandboxes", spawned.id.as_str()];
-                drop(self.http.done(self.http.request(Method::DELETE, &path, &[])).await);
-                return Err(state_failure(OPERATION, error));
+            match self.registry.claim(id, &registered) {
+                Ok(true) => {}
+                // Not deleted: the other sandbox would be.
+                Ok(false) => {
+                    let cause = CallError::Garbage("the id of the sandbox is another sandbox's").into();
+                    return Err(ProviderError::Failed { operation: UNNAMED, cause });
+                }
+                Err(error) => {
+                    // What cannot be found again must not stay.
+                    drop(self.delete(&spawned.id).await);
+                    return Err(state_failure(OPERATION, error));
+                }
             }
         }
         let unknown =
@@ -408,11 +441,7 @@ impl Provider for CustomProvider {
             Err(ProviderError::NotFound(_)) => return Ok(()),
             Err(error) => return Err(error),
         };
-        let ended = self.http.done(self.http.request(Method::DELETE, &["sandboxes", &backend_id], &[])).await;
-        match ended {
-            Ok(()) | Err(CallError::Refused { status: 404 | 410, .. }) => {}
-            Err(error) => return Err(error.of_provider(self.name(), id, None, OPERATION)),
-        }
+        self.delete(&backend_id).await.map_err(|error| error.of_provider(self.name(), id, None, OPERATION))?;
         self.forget(id);
         self.registry.remove(id).map_err(|error| state_failure(OPERATION, error))
     }

@@ -12,6 +12,7 @@ use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use stacyvm_api::{SandboxId, Timestamp};
@@ -29,19 +30,36 @@ pub(super) struct Registered {
     pub(super) metadata: BTreeMap<String, String>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Registry {
     dir: PathBuf,
+    /// Held while an id is looked for and taken.
+    claims: Arc<Mutex<()>>,
 }
 
 impl Registry {
     pub(super) fn open(dir: PathBuf) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        Ok(Self { dir })
+        Ok(Self { dir, claims: Arc::default() })
+    }
+
+    /// Puts a sandbox down unless the backend's id already is another's: what
+    /// has two names here would be ended by either.
+    pub(super) fn claim(&self, id: &SandboxId, registered: &Registered) -> io::Result<bool> {
+        let _alone = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.has(&registered.backend_id)? {
+            return Ok(false);
+        }
+        self.put(id, registered).map(|()| true)
+    }
+
+    /// Whether a sandbox of ours has this id at the backend.
+    pub(super) fn has(&self, backend_id: &str) -> io::Result<bool> {
+        Ok(self.all()?.iter().any(|(_, registered)| registered.backend_id == backend_id))
     }
 
     /// There is either the whole record or none.
-    pub(super) fn put(&self, id: &SandboxId, registered: &Registered) -> io::Result<()> {
+    fn put(&self, id: &SandboxId, registered: &Registered) -> io::Result<()> {
         let unfinished = self.dir.join(format!("{id}.new"));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
         file.write_all(&serde_json::to_vec(registered)?)?;
@@ -112,9 +130,10 @@ mod tests {
             env: BTreeMap::from([("SECRET".to_owned(), "s".to_owned())]),
             metadata: BTreeMap::new(),
         };
-        Registry::open(dir.path().join("a/b")).unwrap().put(&id, &registered).unwrap();
+        Registry::open(dir.path().join("a/b")).unwrap().claim(&id, &registered).unwrap();
         let again = Registry::open(dir.path().join("a/b")).unwrap();
-        assert_eq!(again.get(&id).unwrap(), Some(registered));
+        assert_eq!(again.get(&id).unwrap().as_ref(), Some(&registered));
+        assert!(!again.claim(&SandboxId::random(), &registered).unwrap(), "an id is one sandbox's");
         assert_eq!(again.all().unwrap().len(), 1);
         let mode = fs::metadata(again.path(&id)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

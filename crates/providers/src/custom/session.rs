@@ -29,6 +29,8 @@ use super::tunnel::Raw;
 const TEXT_BYTES_MAX: usize = 64 << 20;
 /// Entries of one listing, with all below.
 const ENTRIES_MAX: usize = 1_000_000;
+/// What no file system can hold, and no answer of HTTP announce, is a lie.
+const FILE_SIZE_MAX: u64 = i64::MAX as u64;
 const DEFAULT_MODE: u32 = 0o644;
 
 #[derive(Clone)]
@@ -128,7 +130,10 @@ impl BackendSession {
     }
 
     async fn collect(&self, path: &str, depth: u32, into: &mut Vec<FileEntry>) -> Result<(), SessionError> {
-        let call = self.http.json::<Vec<File>>(self.files(&["list"], ("path", path)));
+        let call = async {
+            let files: Vec<File> = self.http.json(self.files(&["list"], ("path", path))).await?;
+            files.into_iter().map(plausible).collect::<Result<Vec<_>, _>>()
+        };
         let mut files: Vec<FileEntry> =
             self.on_path(path, "list the directory", call).await?.into_iter().map(|file| entry(file, path)).collect();
         files.sort_by(|one, other| one.path.cmp(&other.path));
@@ -203,7 +208,7 @@ impl Session for BackendSession {
     }
 
     async fn stat(&self, path: &str) -> Result<FileEntry, SessionError> {
-        let call = self.http.json::<File>(self.files(&["stat"], ("path", path)));
+        let call = async { plausible(self.http.json(self.files(&["stat"], ("path", path))).await?) };
         let file = self.on_path(path, "look at the file", call).await?;
         Ok(entry(File { path: path.to_owned(), ..file }, "/"))
     }
@@ -377,6 +382,10 @@ fn checked(path: &str) -> Result<(), SessionError> {
 
 fn octal(mode: u32) -> String {
     format!("{mode:04o}")
+}
+
+fn plausible(file: File) -> Result<File, CallError> {
+    if file.size > FILE_SIZE_MAX { Err(CallError::Garbage("no file is that large")) } else { Ok(file) }
 }
 
 /// One form of a file, whatever the backend wrote: absolute paths, permission

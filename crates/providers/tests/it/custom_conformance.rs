@@ -20,11 +20,15 @@ const KEY: &str = "key-of-the-test";
 
 /// A backend over a runtime of this process, and the provider that uses it.
 pub(crate) async fn over(provider: Arc<dyn Provider>) -> (CustomProvider, TempDir) {
+    custom(&listen(provider).await).await
+}
+
+async fn listen(provider: Arc<dyn Provider>) -> String {
     let options = BackendOptions { key: Some(KEY.to_owned()), secret: [7; 32], lifetime: Duration::from_mins(10) };
     let backend = Backend::bind(([127, 0, 0, 1], 0).into(), provider, options).await.expect("it listens");
     let url = format!("http://{}", backend.address());
     tokio::spawn(backend.serve(std::future::pending()));
-    custom(&url).await
+    url
 }
 
 pub(crate) async fn custom(url: &str) -> (CustomProvider, TempDir) {
@@ -39,6 +43,34 @@ async fn conformance(provider: CustomProvider, image: &str) -> Report {
     let report = run(target, &options, &()).await.expect("everything is selected");
     assert!(report.is_success(), "{}", report.render(Format::Text));
     report
+}
+
+/// Beside the provider, which orders nothing of the kind.
+#[tokio::test(flavor = "multi_thread")]
+async fn our_backend_refuses_what_no_sandbox_can_be_made_from() {
+    let url = listen(Arc::new(MockProvider::default())).await;
+    let (_installs_tls, _state) = custom(&url).await;
+    let spawn = async |body: String| {
+        let call = reqwest::Client::new().post(format!("{url}/spawn")).header("x-api-key", KEY);
+        call.header("content-type", "application/json").body(body).send().await
+    };
+    let long = format!(r#"{{"image":"{}"}}"#, "a".repeat(4096));
+    for body in [
+        long.as_str(),
+        r#"{"image":"alpine","memory_mb":17592186044416}"#,
+        r#"{"image":"alpine","vcpus":1e308}"#,
+        r#"{"image":"alpine","disk_size_mb":18446744073709551615}"#,
+    ] {
+        let answer = spawn(body.to_owned()).await.expect("an answer");
+        assert_eq!(answer.status(), 400, "{body}");
+        assert!(answer.bytes().await.expect("a body").len() < 512, "{body}");
+    }
+    // A client that still sends may see the connection end before the answer.
+    let huge = format!(r#"{{"image":"{}"}}"#, "a".repeat(1 << 20));
+    if let Ok(answer) = spawn(huge).await {
+        assert_eq!(answer.status(), 413);
+    }
+    assert_eq!(spawn(r#"{"image":"alpine"}"#.to_owned()).await.expect("an answer").status(), 201);
 }
 
 #[tokio::test(flavor = "multi_thread")]

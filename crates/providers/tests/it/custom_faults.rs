@@ -2,7 +2,7 @@
 //! failure that it is, in time, and nothing that the backend wrote is told on.
 
 use std::error::Error;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -10,8 +10,8 @@ use stacyvm_api::{FindingLevel, SandboxId};
 use stacyvm_conformance::{ProviderTarget, RunOptions};
 use stacyvm_providers::custom::{CustomOptions, CustomProvider};
 use stacyvm_sandbox::{
-    ByteStream, Connection, ProcessEvent, Provider, ProviderError, RemoveOptions, SandboxSpec, Session, SessionError,
-    StartRequest, WriteOptions,
+    ByteStream, Connection, Exit, ProcessEvent, Provider, ProviderError, RemoveOptions, SandboxSpec, Session,
+    SessionError, StartRequest, WriteOptions,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -32,6 +32,8 @@ enum Fault {
     Status(u16),
     /// A status with a code in its body.
     Coded(u16, &'static str),
+    /// A status with this body.
+    Body(u16, &'static str),
     /// Takes the request and never answers.
     Hang,
     /// Breaks off before it answers.
@@ -51,11 +53,13 @@ struct Faulty {
     route: &'static str,
     fault: Fault,
     features: &'static str,
+    /// What it was asked for.
+    seen: Arc<Mutex<Vec<String>>>,
 }
 
 impl Faulty {
     fn at(route: &'static str, fault: Fault) -> Self {
-        Self { route, fault, features: "" }
+        Self { route, fault, features: "", seen: Arc::default() }
     }
 
     async fn start(self) -> String {
@@ -74,6 +78,7 @@ impl Faulty {
     async fn answer(&self, stream: TcpStream) -> std::io::Result<()> {
         let mut stream = BufReader::new(stream);
         let route = request(&mut stream).await?;
+        self.seen.lock().expect("nobody panicked").push(route.clone());
         if route.starts_with(self.route) {
             return self.misbehave(stream.into_inner()).await;
         }
@@ -97,6 +102,7 @@ impl Faulty {
             Fault::Coded(status, code) => {
                 reply(&mut stream, *status, &format!(r#"{{"code":"{code}","message":"{LEAK}"}}"#)).await
             }
+            Fault::Body(status, body) => reply(&mut stream, *status, body).await,
             Fault::Hang => {
                 tokio::time::sleep(PATIENCE).await;
                 drop(stream);
@@ -251,6 +257,102 @@ async fn every_answer_to_a_spawn_is_the_failure_that_it_is() {
         tells_nothing(&error);
         assert_eq!(provider.list().await.expect("it lists"), [], "{what} leaves nothing");
     }
+}
+
+/// Ids that cannot be one, and one that is not ours.
+const BAD_IDS: [&str; 6] =
+    [r#"{"id":".."}"#, r#"{"id":"a\u0000b"}"#, r#"{"id":7}"#, r#"{"id":""}"#, r"{}", r#"{"id":"\n"}"#];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sandbox_without_a_usable_id_is_deleted_by_ours_or_told_of() {
+    for answer in BAD_IDS {
+        let (theirs, _state) = provider(Faulty::at("POST /spawn", Fault::Body(201, answer))).await;
+        let error = within(answer, theirs.create(&SandboxId::random(), &spec(), &())).await.expect_err("it fails");
+        assert_eq!(kind(&error), "failed", "{answer}");
+        assert!(error.to_string().contains("may be left at the backend"), "{answer}: {error}");
+    }
+    for answer in BAD_IDS.into_iter().chain([r#"{"id":"box-of-somebody"}"#]) {
+        let faulty = Faulty { features: r#""spec""#, ..Faulty::at("POST /spawn", Fault::Body(201, answer)) };
+        let seen = Arc::clone(&faulty.seen);
+        let (ours, _state) = provider(faulty).await;
+        let id = SandboxId::random();
+        let error = within(answer, ours.create(&id, &spec(), &())).await.expect_err("it fails");
+        assert_eq!(kind(&error), "failed", "{answer}");
+        let deleted = || {
+            let seen = seen.lock().expect("nobody panicked");
+            seen.iter().filter(|route| route.starts_with("DELETE")).cloned().collect::<Vec<_>>()
+        };
+        fixture::eventually("it is deleted", async || !deleted().is_empty()).await;
+        assert_eq!(deleted(), [format!("DELETE /sandboxes/{id}").to_lowercase().replace("delete", "DELETE")]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_id_that_is_another_sandboxes_is_refused_and_not_deleted() {
+    let faulty = Faulty::at("GET /none", Fault::Hang);
+    let seen = Arc::clone(&faulty.seen);
+    let (provider, _state) = provider(faulty).await;
+    let (first, second) = (SandboxId::random(), SandboxId::random());
+    provider.create(&first, &spec(), &()).await.expect("a sandbox");
+    // The backend calls every sandbox the same.
+    let error = provider.create(&second, &spec(), &()).await.expect_err("it is refused");
+    assert_eq!(kind(&error), "failed", "{error:?}");
+    provider.destroy(&second).await.expect("there is none");
+    assert!(!seen.lock().expect("nobody panicked").iter().any(|route| route.starts_with("DELETE")));
+    let listed = provider.list().await.expect("it lists");
+    assert_eq!(listed.iter().map(|sandbox| &sandbox.id).collect::<Vec<_>>(), [&first]);
+}
+
+/// The server's start waits for this.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_that_hangs_does_not_hold_up_the_opening() {
+    let url = Faulty::at("GET /capabilities", Fault::Hang).start().await;
+    let state = tempfile::tempdir().expect("a directory");
+    let options = CustomOptions { timeout: PATIENCE * 10, ..CustomOptions::new(url, state.path()) };
+    // As long as the backend hangs, which is as long as this waits otherwise.
+    let opening = tokio::time::timeout(PATIENCE / 2, CustomProvider::open(options)).await;
+    opening.expect("it does not wait for the backend").expect("it opens");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ends_that_no_command_has_end_the_command() {
+    const LEAST: &str = r#"{"exit_code":-2147483648}"#;
+    const LEAST_LINE: &str = "{\"stream\":\"exit\",\"exit_code\":-2147483648}\n";
+    const SIGNAL_LINE: &str = "{\"stream\":\"exit\",\"signal\":2147483647}\n";
+    const DROPPED_LINES: &str = "{\"stream\":\"dropped\",\"bytes\":18446744073709551615}\n\
+        {\"stream\":\"stdout\",\"data\":\"more\"}\n{\"stream\":\"exit\",\"exit_code\":0}\n";
+    for (features, answer, expected) in [
+        ("", LEAST, Some(i32::MIN)),
+        (r#""exit""#, LEAST_LINE, Some(i32::MIN)),
+        (r#""exit""#, SIGNAL_LINE, None),
+        (r#""exit""#, DROPPED_LINES, None),
+    ] {
+        let faulty = Faulty { features, ..Faulty::at("POST /exec", Fault::Body(200, answer)) };
+        let (provider, _state) = provider(faulty).await;
+        let session = session(&provider).await;
+        let request = StartRequest { argv: vec!["true".to_owned()], ..StartRequest::default() };
+        let events = session.start(request).await.expect("it starts");
+        let last = within(answer, events.collect::<Vec<_>>()).await.pop().expect("an end");
+        match expected {
+            Some(code) => {
+                let exit = Exit { code: Some(code), signal: None, timed_out: false };
+                assert_eq!(last.expect("an exit"), ProcessEvent::Exited(exit), "{answer}");
+            }
+            None => assert_eq!(inner_kind(&last.expect_err("a failure")), "failed", "{answer}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_size_that_no_file_has_is_a_failure() {
+    const FILE: &str = r#"{"path":"/f","size":18446744073709551615,"mode":"0644"}"#;
+    let (one, _state) = provider(Faulty::at("GET /files/stat", Fault::Body(200, FILE))).await;
+    let inside = session(&one).await;
+    assert_eq!(inner_kind(&inside.stat("/f").await.expect_err("it fails")), "failed");
+    assert_eq!(inner_kind(&inside.read("/f", None).await.err().expect("it fails")), "failed");
+    const FILES: &str = r#"[{"path":"/f","size":9223372036854775808,"mode":"0644"}]"#;
+    let (other, _state) = provider(Faulty::at("GET /files/list", Fault::Body(200, FILES))).await;
+    assert_eq!(inner_kind(&session(&other).await.list("/", 1).await.expect_err("it fails")), "failed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,9 @@ use crate::reply::Reply;
 use crate::routes::file::{PathQuery, file_info, mode, sandbox_path};
 use crate::table::NO_STORE;
 
+/// What no file system holds is no length: the HTTP library would close the
+/// connection over the largest of them without an answer.
+const LENGTH_MAX: u64 = i64::MAX as u64;
 /// An upload that stops for this long is given up.
 const UPLOAD_SILENCE: Duration = Duration::from_mins(1);
 
@@ -96,7 +99,7 @@ pub(super) async fn download(
         .await?;
 
     let size = content.entry.size;
-    let length = content.range.end.saturating_sub(content.range.start);
+    let length = length(&content.range)?;
     if wanted.is_some() && length == 0 {
         return Err(not_satisfiable(size));
     }
@@ -155,6 +158,12 @@ fn wanted_range(headers: &HeaderMap) -> Option<Wanted> {
     }
 }
 
+fn length(range: &Range<u64>) -> Result<u64, ApiError> {
+    let length = range.end.saturating_sub(range.start);
+    let implausible = || ApiError::new(ErrorCode::InternalError, "the sandbox reports a size that no file has");
+    if length > LENGTH_MAX { Err(implausible()) } else { Ok(length) }
+}
+
 fn content_range(range: &Range<u64>, size: u64) -> Result<HeaderValue, ApiError> {
     HeaderValue::from_str(&format!("bytes {}-{}/{size}", range.start, range.end.saturating_sub(1)))
         .map_err(|_| ApiError::new(ErrorCode::InternalError, "the range could not be written"))
@@ -193,6 +202,12 @@ fn upload_stream(body: Body) -> ByteStream {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_length_that_no_file_has_is_refused() {
+        assert_eq!(length(&(2..5)).unwrap(), 3);
+        assert_eq!(length(&(0..u64::MAX)).unwrap_err().into_response().status(), StatusCode::INTERNAL_SERVER_ERROR);
+    }
 
     #[test]
     fn one_range_of_bytes_is_understood_and_the_rest_ignored() {
