@@ -62,7 +62,7 @@ async fn without_namespaces_a_key_is_needed() {
         let shown: Value = crate::support::run(command, b"").await.json();
         shown["health"]["healthy"] == true
     };
-    let made: Value = open.run(&["key", "create", "me", "--scope", "read", "--json"]).await.json();
+    let made: Value = open.run(&["key", "create", "me", "--scope", "admin", "--scope", "read", "--json"]).await.json();
     let key = made["key"].as_str().expect("a key").to_owned();
     eventually("the provider can be used", async || health(&open, &key).await.then_some(())).await;
     drop(open);
