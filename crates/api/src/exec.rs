@@ -42,6 +42,7 @@ pub struct ExecRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
     /// Leave standard input open after `stdin`, for `POST …/exec/{exec_id}/stdin`.
+    /// A `start` over the WebSocket leaves it open unless this is `false`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_stdin_open: Option<bool>,
     /// Encoding of `stdin`, and in streams of the output (`data_b64`).

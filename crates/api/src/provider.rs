@@ -37,6 +37,9 @@ pub struct ProviderHealth {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     pub capabilities: Vec<String>,
+    /// What it does less well than others, such as `text_only` or `one_user`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shortfalls: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub runtime_count: Option<u64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

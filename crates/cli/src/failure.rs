@@ -25,8 +25,9 @@ const MISUSED: u8 = 2;
 /// to having failed by itself. Docker's number for the same.
 const NOT_RUN: u8 = 125;
 
-/// The ways out where no registry answers.
-const NO_REGISTRY: &str = "use --image host, or bring the image in with `stacyvm image import`";
+/// The ways out where no registry answers: each provider's own image among them.
+const NO_REGISTRY: &str = "bring the image in with `stacyvm image import`, or use what needs no registry: --image host \
+                           with the provider oci, --image rootfs with proot (`stacyvm rootfs build --include`)";
 
 /// A command reached its deadline: the number of coreutils' `timeout`.
 const TIMED_OUT: u8 = 124;
@@ -242,6 +243,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
     let here = match client.code() {
         Some(ErrorCode::Unauthorized) => Some("pass the server's key with --api-key or STACYVM_API_KEY"),
         Some(ErrorCode::RegistryUnavailable) => Some(NO_REGISTRY),
+        Some(ErrorCode::Unsupported) => Some("`stacyvm providers` shows what each runtime can do"),
         Some(ErrorCode::LimitUnsupported) => Some("leave the limit out, or accept that with --allow-unenforced"),
         _ => None,
     };

@@ -46,6 +46,7 @@ impl Shared {
                 last_checked: String::new(),
                 error: Some("not checked yet".to_owned()),
                 capabilities: capabilities(provider.as_ref()),
+                shortfalls: shortfalls(provider.as_ref()),
                 runtime_count: None,
                 findings: Vec::new(),
             })
@@ -101,6 +102,7 @@ impl Shared {
             last_checked: self.now().to_whole_seconds(),
             error: report.reason(),
             capabilities: capabilities(provider.as_ref()),
+            shortfalls: shortfalls(provider.as_ref()),
             runtime_count: None,
             findings: report.findings,
         }
@@ -126,4 +128,18 @@ fn capabilities(provider: &dyn Provider) -> Vec<String> {
     let extra = optional.into_iter().filter(|(_, offered)| *offered).map(|(name, _)| name);
     let family = std::iter::once(offered.family).filter(|family| !family.is_empty());
     BASE_CAPABILITIES.into_iter().chain(extra).chain(family).map(str::to_owned).collect()
+}
+
+fn shortfalls(provider: &dyn Provider) -> Vec<String> {
+    let short = provider.shortfalls();
+    let all = [
+        ("text_only", short.text_only),
+        ("plain_files", short.plain_files),
+        ("no_archives", short.no_archives),
+        ("late_output", short.late_output),
+        ("one_user", short.one_user),
+        ("plain_failures", short.plain_failures),
+        ("loose_limits", short.loose_limits),
+    ];
+    all.into_iter().filter(|(_, short)| *short).map(|(name, _)| name.to_owned()).collect()
 }

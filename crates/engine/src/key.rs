@@ -14,12 +14,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use stacyvm_api::{ApiKey, ApiKeyRequest, CreatedApiKey, KeyId, KeyScope, OwnerId, Timestamp};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::store::{KEYS_MADE, KeyHash, KeyRow, Store};
@@ -48,7 +49,7 @@ struct Inner {
     clock: Clock,
     in_force: RwLock<InForce>,
     /// A key was stored once, if only to be revoked.
-    ever_made: AtomicBool,
+    ever_made: watch::Sender<bool>,
     /// One change at a time.
     changing: tokio::sync::Mutex<()>,
 }
@@ -109,7 +110,7 @@ impl Keys {
 
     pub(crate) async fn load(store: Store, clock: Clock) -> Result<Self, EngineError> {
         let rows = store.keys().await?;
-        let ever_made = AtomicBool::new(store.counter(KEYS_MADE).await? > 0);
+        let ever_made = watch::Sender::new(store.counter(KEYS_MADE).await? > 0);
         let mut in_force = InForce::default();
         for row in rows.into_iter().filter(|row| row.about.revoked_at.is_none()) {
             in_force.insert(row.hash, Arc::new(StoredKey::new(row.about, clock.clone())));
@@ -170,7 +171,13 @@ impl Keys {
     /// Whether any key was ever stored: a server that had one stays closed when
     /// the last one is revoked or expires.
     pub fn ever_made(&self) -> bool {
-        self.0.ever_made.load(Ordering::Acquire)
+        *self.0.ever_made.borrow()
+    }
+
+    /// Resolves once a key was ever stored.
+    pub async fn first_made(&self) {
+        // The sender lives as long as the keys.
+        let _ = self.0.ever_made.subscribe().wait_for(|made| *made).await;
     }
 
     /// Whether a key with this scope works right now.
@@ -205,7 +212,7 @@ impl Keys {
         self.0.store.add_key(&row).await?;
         let stored = Arc::new(StoredKey::new(row.about.clone(), self.0.clock.clone()));
         self.0.in_force.write().unwrap_or_else(PoisonError::into_inner).insert(row.hash, stored);
-        self.0.ever_made.store(true, Ordering::Release);
+        self.0.ever_made.send_replace(true);
         Ok(CreatedApiKey { about: row.about, key })
     }
 

@@ -180,6 +180,17 @@ impl Authenticator {
             }
     }
 
+    /// Resolves once callers need a key; for a server that stays open, never.
+    pub(crate) async fn closed(&self) {
+        if !self.is_open() {
+            return;
+        }
+        match self.authentication {
+            Authentication::WhenThereIsAKey | Authentication::Required => self.stored.first_made().await,
+            Authentication::Off => std::future::pending().await,
+        }
+    }
+
     /// Refuses a server that nobody could use, and one that looks closed but is
     /// not.
     pub(crate) fn check(&self) -> Result<(), ServerError> {

@@ -72,6 +72,12 @@ impl Server {
         !self.app.auth.is_open()
     }
 
+    /// Resolves once callers need a key, which they then do to the end.
+    pub fn key_demanded(&self) -> impl Future<Output = ()> + Send + use<> {
+        let auth = self.app.auth.clone();
+        async move { auth.closed().await }
+    }
+
     /// Where it listens: more than one for a name such as `localhost`.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         addresses(&self.main)

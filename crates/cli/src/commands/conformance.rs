@@ -13,10 +13,10 @@ use stacyvm_conformance::{
 };
 
 use stacyvm_providers::proot::Permission;
+use tempfile::TempDir;
 
 use crate::commands::Context;
 use crate::commands::serve::open_one;
-use crate::commands::settings::announce_data_dir;
 use crate::config::{self, Environment};
 use crate::data_dir::{self, DataDirLock};
 use crate::output::{Output, Tone, print};
@@ -24,7 +24,7 @@ use crate::output::{Output, Tone, print};
 /// Check a runtime, or a whole server, against the contract
 ///
 /// With --provider the runtime is driven by this program, without a server, in
-/// a data directory of its own. With --url every check goes through the REST
+/// a data directory of its own, which is gone afterwards. With --url every check goes through the REST
 /// API of a running server.
 ///
 /// Exit status: 0 when nothing failed, 1 otherwise.
@@ -57,7 +57,7 @@ pub(crate) struct ConformanceArgs {
     /// The same as --format markdown
     #[arg(long, group = "form")]
     markdown: bool,
-    /// Data directory for --provider; its images are found there
+    /// Data directory for --provider, which stays; its images are found there
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// Configuration file for --provider
@@ -74,7 +74,7 @@ pub(crate) async fn run(context: &Context, args: ConformanceArgs) -> anyhow::Res
     }
     let watch: &dyn Observer = if format == Format::Text { &Watch(context.output) } else { &Progress(context.output) };
     let result = stacyvm_conformance::run(subject.target.clone(), &options, watch).await;
-    subject.close().await;
+    subject.close(context.output).await;
     let report = result?;
     if format == Format::Text {
         print(&format!("\n{}\n", report.summary_line()))?;
@@ -102,7 +102,15 @@ impl ConformanceArgs {
 /// What is checked, and what has to be ended afterwards.
 struct Subject {
     target: Arc<dyn Target>,
-    provider: Option<(Arc<dyn stacyvm_sandbox::Provider>, DataDirLock)>,
+    provider: Option<Driven>,
+}
+
+/// A provider of this program's own.
+struct Driven {
+    provider: Arc<dyn stacyvm_sandbox::Provider>,
+    lock: DataDirLock,
+    /// Unless somebody named one.
+    directory: Option<TempDir>,
 }
 
 impl Subject {
@@ -118,17 +126,25 @@ impl Subject {
         if args.data_dir.is_some() {
             config.top.data_dir.clone_from(&args.data_dir);
         }
-        let dir = data_dir::resolve(config.top.data_dir.as_deref(), environment.home.as_deref())?;
-        announce_data_dir(context, &config, &dir);
+        let directory = match &config.top.data_dir {
+            Some(_) => None,
+            None => Some(tempfile::Builder::new().prefix("stacyvm-conformance-").tempdir()?),
+        };
+        let chosen = directory.as_ref().map(TempDir::path).or(config.top.data_dir.as_deref());
+        let dir = data_dir::resolve(chosen, environment.home.as_deref())?;
         data_dir::create(&dir)?;
         let lock = DataDirLock::take(&dir)?;
         let provider = open_one(name, &config, &dir, &environment, &Permission::given()).await?;
-        Ok(Self { target: Arc::new(ProviderTarget::new(provider.clone())), provider: Some((provider, lock)) })
+        let target = Arc::new(ProviderTarget::new(provider.clone()));
+        Ok(Self { target, provider: Some(Driven { provider, lock, directory }) })
     }
 
-    async fn close(self) {
-        if let Some((provider, _lock)) = self.provider {
-            provider.shutdown().await;
+    async fn close(self, output: Output) {
+        let Some(Driven { provider, lock, directory }) = self.provider else { return };
+        provider.shutdown().await;
+        drop(lock);
+        if let Some(Err(error)) = directory.map(TempDir::close) {
+            output.note(&format!("warning: the data directory of this run could not be removed: {error}"));
         }
     }
 }

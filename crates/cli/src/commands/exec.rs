@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use clap::Args;
 use serde::Serialize;
 use stacyvm_api::{Duration, ErrorCode, ExecRequest, SandboxId};
-use stacyvm_client::SandboxClient;
+use stacyvm_client::{ClientError, SandboxClient};
 use tokio_util::sync::CancellationToken;
 
 use crate::commands::{Context, exit_status, key_value, stop_when_told};
@@ -155,6 +155,8 @@ pub(crate) async fn execute(
     }
     let request = if command.tty { with_terminal_type(request) } else { request };
     let raw = if command.tty { Some(RawMode::enter()?) } else { None };
+    // Another user is the other thing that a runtime may not have.
+    let as_user = request.user.is_some();
     let how = Drive {
         request,
         input: command.input(),
@@ -164,13 +166,22 @@ pub(crate) async fn execute(
     };
     let ended = terminal::drive(sandbox, how, stop).await;
     drop(raw);
-    let ended = ended.context(NotRun)?;
+    let ended = ended.map_err(|error| no_terminal(error, command.tty && !as_user)).context(NotRun)?;
     if output.is_json() {
         json_line(&Report::new(sandbox.id(), &ended))?;
     } else if let Some(code) = ended.exit.error {
         output.note(&format!("error: the command was ended: {}", reason(code)));
     }
     Ok(status_of(&ended))
+}
+
+/// Says it plainly where the terminal is what the runtime does not have.
+fn no_terminal(error: anyhow::Error, wanted: bool) -> anyhow::Error {
+    let code = error.downcast_ref::<ClientError>().and_then(ClientError::code);
+    if !wanted || code != Some(ErrorCode::Unsupported) {
+        return error;
+    }
+    Advice::new("this runtime has no terminals", "run a command without one: `stacyvm exec ID -- COMMAND`").into()
 }
 
 /// The program's exit status for a finished command.

@@ -214,7 +214,8 @@ fn show(output: Output, images: &[Entry]) -> anyhow::Result<()> {
 
 fn table(output: Output, images: &[Entry]) -> String {
     if images.is_empty() {
-        return "no images; bring one in with `stacyvm image pull`, or use --image host\n".to_owned();
+        return "no images; bring one in with `stacyvm image pull`, or use --image host (oci) or rootfs (proot)\n"
+            .to_owned();
     }
     let rows = images.iter().map(|image| {
         vec![

@@ -74,6 +74,10 @@ pub(crate) async fn run(context: &Context, args: RootfsArgs) -> anyhow::Result<(
         let message = format!("{} is there already", path.display());
         return Err(Advice::new(message, "remove it, or name another directory").into());
     }
+    if args.image.is_none() && !rustix::process::geteuid().is_root() {
+        let message = "debootstrap, which makes a distribution and its packages, needs root";
+        return Err(Advice::new(message, "use sudo, or unpack an image instead: --image REFERENCE").into());
+    }
     let fresh = Fresh::beside(&path)?;
     if let Some(reference) = &args.image {
         let data_dir = data_dir::resolve(config.top.data_dir.as_deref(), environment.home.as_deref())?;
@@ -93,9 +97,6 @@ pub(crate) async fn run(context: &Context, args: RootfsArgs) -> anyhow::Result<(
 }
 
 async fn debootstrap(args: &BuildArgs, target: &Path) -> anyhow::Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(Advice::new("debootstrap needs root", "unpack an image instead: --image REFERENCE").into());
-    }
     let mut command = tokio::process::Command::new("debootstrap");
     command.arg("--variant=minbase").args(args.include.iter().map(|list| format!("--include={list}")));
     let suite = args.suite.clone().or_else(own_release).unwrap_or_else(|| "stable".to_owned());
@@ -136,7 +137,14 @@ impl Fresh {
             std::fs::create_dir(directory.path().join("root"))?;
             Ok::<_, std::io::Error>(directory)
         };
-        Ok(Self { directory: make().with_context(|| format!("make a directory in {}", parent.display()))? })
+        match make() {
+            Ok(directory) => Ok(Self { directory }),
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                let message = format!("no directory can be made in {}: permission denied", parent.display());
+                Err(Advice::new(message, "name one of your own: `stacyvm rootfs build … ./rootfs`").into())
+            }
+            Err(error) => Err(error).with_context(|| format!("make a directory in {}", parent.display())),
+        }
     }
 
     fn root(&self) -> PathBuf {

@@ -171,7 +171,7 @@ config! {
 
     providers: Providers in "providers." {
         /// Provider of sandboxes that name none; enabled by being named here. `auto` takes the first that is enabled
-        /// of `oci`, `docker`, `mock`.
+        /// of `oci`, `docker`, `proot`, `custom`, `mock`.
         default: String = "auto",
         /// What happens to a sandbox that this server made and a runtime still has, but that the database does not
         /// know, as after restoring an old one: `remove` it, or `adopt` it without an owner until `defaults.ttl`.

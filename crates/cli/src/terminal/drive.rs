@@ -14,13 +14,15 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use stacyvm_api::{ExecId, ExecRequest};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::FileType;
+use stacyvm_api::{ErrorCode, ExecId, ExecRequest};
 use stacyvm_client::{
     Channel, ClientError, ExecEvent, Exit, SandboxClient, Terminal, TerminalInput, TerminalOutput, TerminalSize,
 };
 use tokio::io::AsyncReadExt as _;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -47,7 +49,7 @@ const COLLECT_LIMIT_BYTES: usize = 64 * 1024 * 1024;
 /// What the command's standard input is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Input {
-    /// This program's own.
+    /// This program's own. A runtime that takes none gets none.
     Forward,
     Closed,
 }
@@ -85,16 +87,18 @@ pub(crate) struct Ended {
 /// killed, and the call returns.
 pub(crate) async fn drive(sandbox: &SandboxClient, how: Drive, stop: &CancellationToken) -> anyhow::Result<Ended> {
     let Drive { request, input, capture, terminal, output } = how;
+    let request = if input == Input::Closed { without_input(request) } else { request };
     let Terminal { input: writer, output: reader } = sandbox.terminal(&request, terminal).await?;
-    let source = match input {
-        Input::Forward => read_stdin(),
-        Input::Closed => mpsc::channel(1).1,
-    };
+    let (begin, begun) = oneshot::channel();
     let mut running = Running {
         sandbox,
         output,
+        request,
+        input,
+        begin: Some(begin),
+        denied: false,
         reader,
-        pump: Pump::start(writer, source),
+        pump: Pump::start(writer, read_stdin(begun)),
         exec_id: None,
         offset: 0,
         sink: Sink { capture, ended: Collected::default() },
@@ -112,6 +116,13 @@ pub(crate) async fn drive(sandbox: &SandboxClient, how: Drive, stop: &Cancellati
 struct Running<'a> {
     sandbox: &'a SandboxClient,
     output: Output,
+    request: ExecRequest,
+    input: Input,
+    /// Told once the command runs: until then no input is taken, and without
+    /// input never.
+    begin: Option<oneshot::Sender<()>>,
+    /// The runtime takes no input, though there was some to forward.
+    denied: bool,
     reader: TerminalOutput,
     pump: Pump,
     exec_id: Option<ExecId>,
@@ -152,10 +163,17 @@ impl Running<'_> {
                         self.pump.stop.cancel();
                         self.refusal = Some(error);
                     }
+                    Err(ClientError::Api(error))
+                        if error.code == Some(ErrorCode::Unsupported)
+                            && self.input == Input::Forward
+                            && !on_terminal =>
+                    {
+                        self.start_without_input().await?;
+                    }
                     Err(error @ ClientError::Transport { .. }) => self.attach_again(Some(error)).await?,
                     Err(error) => return Err(error.into()),
                 },
-                _ = interrupt.recv(), if !on_terminal => self.interrupt().await,
+                _ = interrupt.recv(), if !on_terminal => self.interrupt().await?,
                 _ = resize.recv(), if on_terminal => self.resize().await,
                 () = stop.cancelled() => {
                     self.send_signal("KILL").await;
@@ -168,7 +186,10 @@ impl Running<'_> {
     fn take(&mut self, event: ExecEvent) -> anyhow::Result<Option<Exit>> {
         self.refusal = None;
         match event {
-            ExecEvent::Started { exec_id, .. } => self.exec_id = Some(exec_id),
+            ExecEvent::Started { exec_id, .. } => {
+                self.exec_id = Some(exec_id);
+                self.begin_input();
+            }
             ExecEvent::Output { channel, data, offset } => {
                 self.offset = offset.unwrap_or(self.offset);
                 self.sink.write(channel, &data)?;
@@ -180,6 +201,30 @@ impl Running<'_> {
             ExecEvent::Exit(exit) => return Ok(Some(exit)),
         }
         Ok(None)
+    }
+
+    fn begin_input(&mut self) {
+        if self.denied && stdin_may_hold_something() {
+            self.output.note("warning: this runtime takes no input; the command runs without it");
+        }
+        self.denied = false;
+        if self.input == Input::Forward
+            && let Some(begin) = self.begin.take()
+        {
+            // The reader is gone only when this program ends.
+            let _ = begin.send(());
+        }
+    }
+
+    /// Whether it is the input that the runtime does not have shows when the
+    /// command is started without.
+    async fn start_without_input(&mut self) -> anyhow::Result<()> {
+        self.input = Input::Closed;
+        self.denied = true;
+        self.request = without_input(std::mem::take(&mut self.request));
+        let Terminal { input, output } = self.sandbox.terminal(&self.request, None).await?;
+        self.reader = output;
+        self.pump.move_to(input).await
     }
 
     /// The connection ended without the command: goes on where it broke off.
@@ -219,10 +264,16 @@ impl Running<'_> {
     }
 
     /// Ctrl-C asks the command to end; again, it is killed.
-    async fn interrupt(&mut self) {
+    async fn interrupt(&mut self) -> anyhow::Result<()> {
         self.interrupts += 1;
         let name = if self.interrupts == 1 { "INT" } else { "KILL" };
-        self.send_signal(name).await;
+        if let Some(exec_id) = &self.exec_id
+            && let Err(error) = self.sandbox.signal(exec_id, name).await
+            && error.code() == Some(ErrorCode::Unsupported)
+        {
+            anyhow::bail!("interrupted; this runtime takes no signals, so that the command {exec_id} may still run");
+        }
+        Ok(())
     }
 
     async fn send_signal(&self, name: &str) {
@@ -280,10 +331,34 @@ impl Pump {
     }
 }
 
-/// Standard input in pieces. The channel closes at its end.
-fn read_stdin() -> mpsc::Receiver<Bytes> {
+/// The request for a command that reads nothing.
+fn without_input(request: ExecRequest) -> ExecRequest {
+    ExecRequest { keep_stdin_open: Some(false), ..request }
+}
+
+/// Whether something is lost when standard input is not sent: not of `/dev/null`,
+/// a terminal, an empty file, or a pipe that nobody writes to any more.
+fn stdin_may_hold_something() -> bool {
+    let stdin = std::io::stdin();
+    let Ok(stat) = rustix::fs::fstat(&stdin) else { return false };
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => stat.st_size > 0,
+        FileType::Fifo | FileType::Socket => {
+            let mut polled = [PollFd::new(&stdin, PollFlags::IN)];
+            let looked = rustix::event::poll(&mut polled, Some(&Timespec::default()));
+            looked.is_err() || polled[0].revents() != PollFlags::HUP
+        }
+        _ => false,
+    }
+}
+
+/// Standard input in pieces, once `begun` says so. The channel closes at its end.
+fn read_stdin(begun: oneshot::Receiver<()>) -> mpsc::Receiver<Bytes> {
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
+        if begun.await.is_err() {
+            return;
+        }
         let mut stdin = tokio::io::stdin();
         let mut buffer = vec![0; INPUT_CHUNK_BYTES];
         while let Ok(count @ 1..) = stdin.read(&mut buffer).await {

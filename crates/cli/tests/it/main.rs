@@ -4,6 +4,7 @@
 mod architecture;
 mod backend;
 mod commands;
+mod custom;
 mod docker;
 mod docs;
 mod full_disk;

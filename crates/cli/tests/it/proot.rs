@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::support::{Server, Site};
+use crate::support::{Server, Site, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_root_is_made_and_commands_run_in_it() {
@@ -54,8 +54,20 @@ async fn without_namespaces_a_key_is_needed() {
     };
     let open = start(None).await;
     open.run(&["run", "--", "true"]).await.failed(125).says("stacyvm key create");
+
+    // The first key opens it at once, without a new start.
+    let health = async |server: &Server, key: &str| {
+        let mut command = server.program(&["providers", "proot", "--json"]);
+        command.env("STACYVM_API_KEY", key);
+        let shown: Value = crate::support::run(command, b"").await.json();
+        shown["health"]["healthy"] == true
+    };
+    let made: Value = open.run(&["key", "create", "me", "--scope", "admin", "--scope", "read", "--json"]).await.json();
+    let key = made["key"].as_str().expect("a key").to_owned();
+    eventually("the provider can be used", async || health(&open, &key).await.then_some(())).await;
     drop(open);
     let closed = start(Some("a-key-of-the-test-with-32-characters")).await;
+    assert!(health(&closed, "a-key-of-the-test-with-32-characters").await, "not from the first answer on");
     let mut command = closed.program(&["run", "--", "echo", "works"]);
     command.env("STACYVM_API_KEY", "a-key-of-the-test-with-32-characters");
     let ran = crate::support::run(command, b"").await.ok();

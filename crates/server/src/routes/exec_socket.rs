@@ -213,7 +213,9 @@ impl Conversation {
                 Some(terminal_size(cols, rows)?)
             }
         };
-        let options = StartOptions { terminal, keep_stdin_open: true };
+        // A runtime without input runs what says that it wants none.
+        let keep_stdin_open = terminal.is_some() || request.keep_stdin_open != Some(false);
+        let options = StartOptions { terminal, keep_stdin_open };
         Ok(self.app.engine.start_exec(&self.caller, &self.id, request, options).await?)
     }
 

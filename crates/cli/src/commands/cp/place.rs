@@ -28,7 +28,7 @@ impl Place {
         let Some((id, path)) = text.split_once(':') else { return Ok(Self::Local(text.into())) };
         match id.parse::<SandboxId>() {
             Ok(id) if path.starts_with('/') => Ok(Self::Sandbox(id, path.to_owned())),
-            Ok(id) if id.as_str().starts_with("sb-") => Err(format!("write an absolute path: {id}:/{path}")),
+            Ok(id) if id.as_str().starts_with("sb-") => Err(format!("write an absolute path: {id}:/workspace/{path}")),
             Ok(_) | Err(_) => Ok(Self::Local(text.into())),
         }
     }
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(Place::parse("./sb-1:/x"), Ok(Place::Local("./sb-1:/x".into())));
         assert_eq!(Place::parse("C:x"), Ok(Place::Local("C:x".into())));
         assert_eq!(Place::parse("-"), Ok(Place::Stream));
-        assert_eq!(Place::parse("sb-1:x").unwrap_err(), "write an absolute path: sb-1:/x");
+        assert_eq!(Place::parse("sb-1:x").unwrap_err(), "write an absolute path: sb-1:/workspace/x");
         assert!(Place::parse("").is_err());
     }
 

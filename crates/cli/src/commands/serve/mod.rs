@@ -132,9 +132,23 @@ async fn answer(
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
     let server = bind(config, engine).await?;
-    let examined = chosen.examine(server.demands_key()).await;
+    if server.demands_key() {
+        chosen.permit(engine).await;
+    }
+    let examined = chosen.examine().await;
     announce(output, &server, chosen, &examined)?;
-    server.serve(signals.first()).await;
+    let (demands_key, demanded) = (server.demands_key(), server.key_demanded());
+    let first_key = async {
+        if !demands_key {
+            demanded.await;
+            chosen.permit(engine).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = server.serve(signals.first()) => {}
+        () = first_key => {}
+    }
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use stacyvm_api::FindingLevel;
+use stacyvm_engine::Engine;
 use stacyvm_image::ImageStore;
 use stacyvm_providers::custom::{CustomOptions, CustomProvider};
 use stacyvm_providers::docker::DockerProvider;
@@ -45,12 +46,17 @@ pub(super) struct Examined {
 }
 
 impl Chosen {
-    /// Looks at the default provider, now that it is known whether callers need
-    /// a key.
-    pub(super) async fn examine(&self, demands_key: bool) -> Examined {
-        if demands_key {
-            self.shared_network.give();
+    /// Callers need a key from now on: what was refused for want of one is not
+    /// any more, and the health that is shown says so.
+    pub(super) async fn permit(&self, engine: &Engine) {
+        self.shared_network.give();
+        if self.all.iter().any(|provider| provider.name() == "proot") {
+            engine.test_providers().await;
         }
+    }
+
+    /// Looks at the default provider.
+    pub(super) async fn examine(&self) -> Examined {
         let mut examined = Examined::default();
         let default = &self.default;
         for provider in self.all.iter().filter(|provider| provider.name() == default) {

@@ -51,6 +51,10 @@ impl ServerTarget {
     fn has(&self, capability: &str) -> bool {
         self.provider.capabilities.iter().any(|had| had == capability)
     }
+
+    fn falls_short(&self, shortfall: &str) -> bool {
+        self.provider.shortfalls.iter().any(|had| had == shortfall)
+    }
 }
 
 #[async_trait]
@@ -68,14 +72,13 @@ impl Target for ServerTarget {
             Ability::Dial | Ability::Ports => self.has("dial"),
             Ability::Usage => self.has("stats"),
             Ability::OutlivesOom => !self.has("oom_ends_sandbox"),
-            // What the API itself has; it does not tell what a runtime lacks of it.
-            Ability::Bytes
-            | Ability::FileDetails
-            | Ability::Archives
-            | Ability::LiveOutput
-            | Ability::Users
-            | Ability::Failures
-            | Ability::Limits => true,
+            Ability::Bytes => !self.falls_short("text_only"),
+            Ability::FileDetails => !self.falls_short("plain_files"),
+            Ability::Archives => !self.falls_short("no_archives"),
+            Ability::LiveOutput => !self.falls_short("late_output"),
+            Ability::Users => !self.falls_short("one_user"),
+            Ability::Failures => !self.falls_short("plain_failures"),
+            Ability::Limits => !self.falls_short("loose_limits"),
             Ability::ExactFiles => !self.has("rewrites_paths"),
             Ability::OwnProcesses => !self.has("shares_host"),
         };

@@ -83,13 +83,11 @@ impl Session for ServerSession {
             workdir: request.workdir,
             user: request.user,
             timeout: request.deadline.map(Into::into),
+            keep_stdin_open: Some(request.stdin),
             ..ExecRequest::default()
         };
         let size = request.terminal.map(client_size);
-        let mut terminal = self.sandbox.terminal(&exec, size).await.map_err(failed("start a command"))?;
-        if !request.stdin && size.is_none() {
-            terminal.input.close().await.map_err(failed("close the input"))?;
-        }
+        let terminal = self.sandbox.terminal(&exec, size).await.map_err(failed("start a command"))?;
         let kind = if size.is_some() { OutputKind::Terminal } else { OutputKind::Pipes };
         self.begun(terminal.output, kind).await
     }

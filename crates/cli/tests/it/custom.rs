@@ -1,0 +1,106 @@
+//! The command line over a backend that knows the published protocol alone: no
+//! input, no terminals, no signals.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+
+use stacyvm_api::CreateRequest;
+
+use crate::support::{Server, Site, Terminal, create, in_repository};
+
+const KEY: &str = "key-of-the-test";
+
+/// `examples/custom-backend.py`, until the value is dropped.
+struct Example {
+    process: Child,
+    url: String,
+}
+
+impl Example {
+    fn start() -> Self {
+        let mut command = Command::new("python3");
+        command.arg(in_repository("examples/custom-backend.py")).arg("0").env("BACKEND_KEY", KEY);
+        let mut process = command.stdout(Stdio::piped()).spawn().expect("these tests need python3");
+        let mut line = String::new();
+        let out = process.stdout.take().expect("a pipe");
+        BufReader::new(out).read_line(&mut line).expect("its first line");
+        let url = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("{line:?}")).to_owned();
+        Self { process, url }
+    }
+
+    async fn server(&self) -> Server {
+        Server::start_with(&Site::new(), |serve| {
+            serve.arg("--destroy-on-exit").env("STACYVM_PROVIDERS_DEFAULT", "custom");
+            serve.env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
+            serve.env("STACYVM_PROVIDERS_CUSTOM_BASE_URL", &self.url);
+            serve.env("STACYVM_PROVIDERS_CUSTOM_API_KEY", KEY).env_remove("STACYVM_DEFAULTS_NETWORK");
+        })
+        .await
+    }
+}
+
+/// The backend ignores the name.
+fn any() -> CreateRequest {
+    CreateRequest { image: Some("any".to_owned()), ..CreateRequest::default() }
+}
+
+impl Drop for Example {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_run_where_there_is_no_input() {
+    const LOST: &str = "this runtime takes no input";
+    let example = Example::start();
+    let server = example.server().await;
+    let ran = server.run(&["run", "--image", "any", "--", "echo", "hi"]).await.ok();
+    assert_eq!((ran.stdout(), ran.stderr()), ("hi\n", ""), "{ran}");
+
+    let sandbox = create(&server.client(), &any()).await;
+    let id = sandbox.id().to_string();
+    let ran = server.run(&["exec", &id, "-n", "--", "cat"]).await.ok();
+    assert_eq!((ran.stdout(), ran.stderr()), ("", ""), "{ran}");
+    let status = server.run(&["exec", &id, "--shell", "--", "echo out; exit 7"]).await;
+    assert_eq!((status.status(), status.stdout(), status.stderr()), (Some(7), "out\n", ""), "{status}");
+
+    // What would be lost is said, once.
+    let ran = server.run_with_input(&["exec", &id, "--", "cat"], b"lost").await.ok();
+    assert_eq!((ran.stdout(), ran.stderr().matches(LOST).count()), ("", 1), "{ran}");
+    let ran = server.run_with_input(&["exec", &id, "-n", "--", "cat"], b"left alone").await.ok();
+    assert_eq!(ran.stderr(), "", "{ran}");
+    // A refusal for another reason stays one.
+    server.run(&["exec", &id, "--user", "root", "--", "true"]).await.failed(125).says("another user");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shell_says_that_there_are_no_terminals() {
+    let example = Example::start();
+    let server = example.server().await;
+    let sandbox = create(&server.client(), &any()).await;
+    let id = sandbox.id().to_string();
+    let mut shell = server.site.program();
+    shell.args(["shell", &id]).env("STACYVM_URL", &server.url);
+    let mut terminal = Terminal::start(&shell, 80, 24);
+    terminal.shows("this runtime has no terminals").await;
+    assert_eq!(terminal.ends().await.code(), Some(125));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_contract_over_http_leaves_out_what_the_provider_lacks() {
+    let example = Example::start();
+    let server = example.server().await;
+    let ran = server.run(&["conformance", "--url", &server.url, "--image", "any", "--format", "json"]).await.ok();
+    let report: Value = serde_json::from_str(ran.stdout()).expect("a report");
+    let checks = report["checks"].as_array().expect("a list");
+    let passed = checks.iter().filter(|check| check["status"] == "PASS").count();
+    assert!(passed >= 30, "only {passed} checks ran: {ran}");
+    for check in checks.iter().filter(|check| check["status"] == "SKIP") {
+        let reason = check["reason"].as_str().expect("a reason");
+        assert!(reason.contains(" lacks ") || reason.contains("unix socket"), "{check}");
+    }
+}
