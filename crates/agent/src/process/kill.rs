@@ -8,7 +8,6 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::time::{Instant, sleep};
@@ -138,8 +137,10 @@ fn kill_exactly(row: &Row) {
     let Some(pid) = Pid::from_raw(row.pid) else { return };
     match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
         Ok(fd) => {
-            if read_row(row.pid).is_some_and(|now| now.start_ticks == row.start_ticks) {
-                send(&fd);
+            let is_it = read_row(row.pid).is_some_and(|now| now.start_ticks == row.start_ticks);
+            // Where guests share the host's processes, the call is not there.
+            if is_it && rustix::process::pidfd_send_signal(&fd, Signal::KILL) == Err(Errno::NOSYS) {
+                let _ = rustix::process::kill_process(pid, Signal::KILL);
             }
         }
         Err(Errno::SRCH) => {}
@@ -148,10 +149,6 @@ fn kill_exactly(row: &Row) {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
     }
-}
-
-fn send(fd: &OwnedFd) {
-    let _ = rustix::process::pidfd_send_signal(fd, Signal::KILL);
 }
 
 /// `kill(-1)`: every process but PID 1 itself. One system call under the

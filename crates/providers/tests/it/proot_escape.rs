@@ -172,8 +172,8 @@ datagrams elsewhere worked
 
 #[cfg(target_arch = "x86_64")]
 #[test]
-fn others_are_left_alone_by_an_ordinary_users_guest() {
-    const NAME: &str = "proot_escape::others_are_left_alone_by_an_ordinary_users_guest";
+fn an_ordinary_users_guest_leaves_others_alone_on_debian() {
+    const NAME: &str = "proot_escape::an_ordinary_users_guest_leaves_others_alone_on_debian";
     as_ordinary_user(NAME, Circumstances::ALONE, others_are_left_alone);
 }
 
@@ -210,8 +210,8 @@ async fn proots_memory_is_closed_with_namespaces() {
 
 #[cfg(target_arch = "x86_64")]
 #[test]
-fn proots_memory_is_closed_to_an_ordinary_users_guest() {
-    const NAME: &str = "proot_escape::proots_memory_is_closed_to_an_ordinary_users_guest";
+fn proots_memory_is_closed_to_an_ordinary_users_guest_on_debian() {
+    const NAME: &str = "proot_escape::proots_memory_is_closed_to_an_ordinary_users_guest_on_debian";
     as_ordinary_user(NAME, Circumstances::ALONE, async || proots_memory_is_closed(Apart::Shared).await);
 }
 

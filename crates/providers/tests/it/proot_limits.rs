@@ -35,8 +35,8 @@ fn a_watcher_holds_memory_and_files() {
 
 /// Ways of taking more of the disk than a look at the tree shows.
 #[test]
-fn hidden_files_count_and_are_removed() {
-    const NAME: &str = "proot_limits::hidden_files_count_and_are_removed";
+fn hidden_files_count_and_are_removed_on_debian() {
+    const NAME: &str = "proot_limits::hidden_files_count_and_are_removed_on_debian";
     as_ordinary_user(NAME, Circumstances::ALONE, async || {
         let fixture = Proot::with(Apart::Shared, |options| options.rootfs = debian_root()).await;
         let mut spec = SandboxSpec { requested: [Limit::Disk].into(), ..fixture.spec() };
