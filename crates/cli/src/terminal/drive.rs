@@ -89,7 +89,7 @@ pub(crate) async fn drive(sandbox: &SandboxClient, how: Drive, stop: &Cancellati
     let Drive { request, input, capture, terminal, output } = how;
     let request = if input == Input::Closed { without_input(request) } else { request };
     let Terminal { input: writer, output: reader } = sandbox.terminal(&request, terminal).await?;
-    let (begin, begun) = oneshot::channel();
+    let (begin, gate) = oneshot::channel();
     let mut running = Running {
         sandbox,
         output,
@@ -98,7 +98,7 @@ pub(crate) async fn drive(sandbox: &SandboxClient, how: Drive, stop: &Cancellati
         begin: Some(begin),
         denied: false,
         reader,
-        pump: Pump::start(writer, read_stdin(begun)),
+        pump: Pump::start(writer, read_stdin(gate)),
         exec_id: None,
         offset: 0,
         sink: Sink { capture, ended: Collected::default() },

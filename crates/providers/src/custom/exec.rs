@@ -248,7 +248,7 @@ mod tests {
         let run = std::future::poll_fn(|_| -> std::task::Poll<Result<(), CallError>> { panic!("a mistake of ours") });
         let task = tokio::spawn(async move { session.settle(&process, None, run).await });
         task.await.expect_err("it ended by its mistake");
-        let last = tokio::time::timeout(Duration::from_secs(60), events.collect::<Vec<_>>()).await.unwrap().pop();
+        let last = tokio::time::timeout(Duration::from_mins(1), events.collect::<Vec<_>>()).await.unwrap().pop();
         assert!(matches!(last, Some(Err(SessionError::Failed { .. }))), "{last:?}");
     }
 }

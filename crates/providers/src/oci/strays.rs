@@ -60,7 +60,13 @@ mod tests {
         let (name, value) = (VARIABLE.trim_end_matches('='), format!("0123abcd/{id}"));
         let mut child =
             std::process::Command::new("/bin/sleep").arg("60").env_clear().env(name, value).spawn().unwrap();
-        let found = find("0123abcd");
+        // It counts as started a moment before its environment is there to be read.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        let mut found = find("0123abcd");
+        while found.is_empty() && std::time::Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            found = find("0123abcd");
+        }
         assert_eq!(found.iter().map(|(found, _)| found).collect::<Vec<_>>(), [&id]);
         child.kill().unwrap();
         child.wait().unwrap();

@@ -346,11 +346,11 @@ async fn ends_that_no_command_has_end_the_command() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_size_that_no_file_has_is_a_failure() {
     const FILE: &str = r#"{"path":"/f","size":18446744073709551615,"mode":"0644"}"#;
+    const FILES: &str = r#"[{"path":"/f","size":9223372036854775808,"mode":"0644"}]"#;
     let (one, _state) = provider(Faulty::at("GET /files/stat", Fault::Body(200, FILE))).await;
     let inside = session(&one).await;
     assert_eq!(inner_kind(&inside.stat("/f").await.expect_err("it fails")), "failed");
     assert_eq!(inner_kind(&inside.read("/f", None).await.err().expect("it fails")), "failed");
-    const FILES: &str = r#"[{"path":"/f","size":9223372036854775808,"mode":"0644"}]"#;
     let (other, _state) = provider(Faulty::at("GET /files/list", Fault::Body(200, FILES))).await;
     assert_eq!(inner_kind(&session(&other).await.list("/", 1).await.expect_err("it fails")), "failed");
 }
