@@ -11,7 +11,7 @@ use super::error::OciError;
 use super::registry::Live;
 use super::runtime::Runtime;
 use super::state::{self, OnDisk, Record};
-use crate::host::{cgroup, process, trash};
+use crate::host::{cgroup, on_disk, process, trash};
 
 /// How long a killed init may take to go: the kernel first ends everything in
 /// its pid namespace and gives back its memory.
@@ -99,7 +99,7 @@ pub(super) fn find(runtime: &Runtime, id: &SandboxId) -> Result<(Option<Arc<Live
     let sandbox = runtime.layout.sandbox(id);
     match state::load(&sandbox).map_err(OciError::file("read", &sandbox))? {
         OnDisk::Launched(record, identity) => {
-            let init = if record.boot_id == state::boot_id() {
+            let init = if record.boot_id == on_disk::boot_id() {
                 process::open(&identity).map_err(OciError::system("look at the sandbox's init"))?
             } else {
                 None

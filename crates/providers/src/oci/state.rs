@@ -21,13 +21,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stacyvm_api::{LimitReport, SandboxId, Timestamp};
 
 use super::disk::DiskRecord;
 use super::external::{Binary, Container};
 use super::network::{Connected, Destination};
+use crate::host::on_disk;
 use crate::host::process::Identity;
 
 const VERSION: u32 = 1;
@@ -121,7 +121,7 @@ impl From<NewRecord> for Record {
             image: new.image,
             created_at: Timestamp::now(),
             metadata: new.metadata,
-            boot_id: boot_id(),
+            boot_id: on_disk::boot_id(),
             uid_base: new.uid_base,
             network: new.network,
             disk: new.disk,
@@ -199,39 +199,10 @@ pub(super) fn note(identity_file: &Path, identity: &Identity) -> io::Result<()> 
 }
 
 /// What a sandbox's directory says about it.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum OnDisk {
-    /// Launched, some time.
-    Launched(Box<Record>, Identity),
-    /// Never finished, or unreadable: only remains.
-    Remains(Option<Box<Record>>),
-    Nothing,
-}
+pub(super) type OnDisk = on_disk::OnDisk<Record>;
 
 pub(super) fn load(sandbox: &Path) -> io::Result<OnDisk> {
-    if !sandbox.exists() {
-        return Ok(OnDisk::Nothing);
-    }
-    let record = read_json::<Record>(&sandbox.join("state.json"))?.filter(|record| record.version == Record::version());
-    let identity = read_json::<Identity>(&identity_file(sandbox))?;
-    Ok(match (record, identity) {
-        (Some(record), Some(identity)) => OnDisk::Launched(Box::new(record), identity),
-        (record, _) => OnDisk::Remains(record.map(Box::new)),
-    })
-}
-
-/// Which run of the kernel this is.
-pub(super) fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
-}
-
-/// `None` when it is missing or damaged; other errors are the host's trouble.
-fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+    on_disk::load(sandbox, &identity_file(sandbox), |record: &Record| record.version == Record::version())
 }
 
 #[cfg(test)]

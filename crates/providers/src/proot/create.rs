@@ -33,7 +33,7 @@ use super::runtime::{Runtime, is_root};
 use super::state::{self, Record};
 use super::{destroy, loader, members, program};
 use crate::host::channel::{self, SocketChannel};
-use crate::host::process;
+use crate::host::{on_disk, process};
 
 /// How long the agent may take to answer.
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
@@ -260,7 +260,7 @@ fn record(runtime: &Runtime, plan: &Plan, uid: Option<u32>) -> Record {
         image: plan.spec.image.clone(),
         created_at: Timestamp::now(),
         metadata: plan.spec.metadata.clone(),
-        boot_id: state::boot_id(),
+        boot_id: on_disk::boot_id(),
         uid,
         namespaces: runtime.shared.is_none(),
         groups: runtime.cgroups.directories(plan.id.as_str()),

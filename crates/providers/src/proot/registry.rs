@@ -1,11 +1,8 @@
-//! The sandboxes this process knows, and who may change them.
+//! A sandbox that runs, as this process holds it.
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
-use stacyvm_api::SandboxId;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -57,52 +54,4 @@ impl Live {
     }
 }
 
-#[derive(Default)]
-pub(super) struct Registry {
-    entries: Mutex<HashMap<SandboxId, Arc<Entry>>>,
-}
-
-/// One sandbox's place. Whoever creates or destroys it holds the gate.
-#[derive(Default)]
-pub(super) struct Entry {
-    pub(super) gate: Arc<tokio::sync::Mutex<()>>,
-    live: Mutex<Option<Arc<Live>>>,
-}
-
-impl Entry {
-    pub(super) fn live(&self) -> Option<Arc<Live>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(super) fn set_live(&self, live: Option<Arc<Live>>) {
-        *self.live.lock().unwrap_or_else(PoisonError::into_inner) = live;
-    }
-}
-
-impl Registry {
-    pub(super) fn entry(&self, id: &SandboxId) -> Arc<Entry> {
-        Arc::clone(self.lock().entry(id.clone()).or_default())
-    }
-
-    pub(super) fn find(&self, id: &SandboxId) -> Option<Arc<Entry>> {
-        self.lock().get(id).cloned()
-    }
-
-    /// All that live.
-    pub(super) fn live(&self) -> Vec<Arc<Live>> {
-        self.lock().values().filter_map(|entry| entry.live()).collect()
-    }
-
-    /// Forgets a sandbox unless somebody else is at it.
-    pub(super) fn forget(&self, id: &SandboxId, entry: Arc<Entry>) {
-        let mut entries = self.lock();
-        drop(entry);
-        if entries.get(id).is_some_and(|entry| Arc::strong_count(entry) == 1 && entry.live().is_none()) {
-            entries.remove(id);
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, Arc<Entry>>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+pub(super) type Registry = crate::host::registry::Registry<Live>;

@@ -25,7 +25,7 @@ use super::{members, watcher};
 use crate::host::cgroup::Cgroups;
 use crate::host::claims::{Claims, Instance};
 use crate::host::ids::UidRanges;
-use crate::host::{process, trash};
+use crate::host::{on_disk, process, trash};
 
 /// How long to wait for an earlier process of this server to let go.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
@@ -114,7 +114,7 @@ impl Runtime {
         let sandbox = self.layout.sandbox(id);
         let on_disk = state::load(&sandbox).map_err(ProotError::file("read", &sandbox))?;
         let OnDisk::Launched(record, identity) = on_disk else { return Ok(None) };
-        if record.boot_id != state::boot_id() {
+        if record.boot_id != on_disk::boot_id() {
             return Ok(None);
         }
         let Some(proot) = process::open(&identity).map_err(look())? else { return Ok(None) };

@@ -17,11 +17,10 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stacyvm_api::{LimitReport, SandboxId, Timestamp};
 
-use crate::host::process::Identity;
+use crate::host::on_disk;
 
 /// Counts up when a record is no longer read by earlier versions.
 const VERSION: u32 = 1;
@@ -128,44 +127,16 @@ pub(super) fn save(sandbox: &Path, record: &Record) -> io::Result<()> {
 }
 
 /// What a sandbox's directory says about it.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum OnDisk {
-    /// Launched, some time.
-    Launched(Box<Record>, Identity),
-    /// Never finished, or unreadable: only remains.
-    Remains(Option<Box<Record>>),
-    Nothing,
-}
+pub(super) type OnDisk = on_disk::OnDisk<Record>;
 
 pub(super) fn load(sandbox: &Path) -> io::Result<OnDisk> {
-    if !sandbox.exists() {
-        return Ok(OnDisk::Nothing);
-    }
-    let record = read_json::<Record>(&sandbox.join("state.json"))?.filter(|record| record.version == VERSION);
-    let identity = read_json::<Identity>(&identity_file(sandbox))?;
-    Ok(match (record, identity) {
-        (Some(record), Some(identity)) => OnDisk::Launched(Box::new(record), identity),
-        (record, _) => OnDisk::Remains(record.map(Box::new)),
-    })
-}
-
-/// Which run of the kernel this is.
-pub(super) fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
-}
-
-/// `None` when it is missing or damaged; other errors are the host's trouble.
-fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+    on_disk::load(sandbox, &identity_file(sandbox), |record: &Record| record.version == VERSION)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::process::Identity;
 
     #[test]
     fn a_sandbox_counts_as_launched_only_with_both_files() {
@@ -180,7 +151,7 @@ mod tests {
             image: "rootfs".into(),
             created_at: Timestamp::now(),
             metadata: BTreeMap::new(),
-            boot_id: boot_id(),
+            boot_id: on_disk::boot_id(),
             uid: Some(7),
             namespaces: true,
             groups: Vec::new(),
