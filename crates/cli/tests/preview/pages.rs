@@ -1,6 +1,7 @@
 //! A page with assets, a WebSocket and server-sent events, as people see it.
 
 use serde_json::{Value, json};
+use stacyvm_client::SandboxClient;
 
 use crate::browser::Browser;
 use crate::server::{PORT, Server, site, start_site};
@@ -9,14 +10,20 @@ use crate::server::{PORT, Server, site, start_site};
 async fn a_browser_shows_what_a_sandbox_without_a_network_serves() {
     let server = Server::start(None).await;
     let sandbox = server.sandbox().await;
+    look_at_a_site(&server, &sandbox, "preview").await;
+    server.stop().await;
+}
+
+/// From before the site listens; `name` begins the names of the pictures.
+pub(crate) async fn look_at_a_site(server: &Server, sandbox: &SandboxClient, name: &str) {
     let browser = Browser::start();
-    let host = server.host(&sandbox, PORT);
+    let host = server.host(sandbox, PORT);
     let page = browser.open(&format!("http://{host}/")).await;
 
     // Nothing listens yet: the page says so, and looks again by itself.
     page.until("document.querySelector('h1').textContent.includes('nothing listens on port')", &json!(true)).await;
-    page.screenshot("preview-waiting.png").await;
-    start_site(&sandbox, PORT).await;
+    page.screenshot(&format!("{name}-waiting.png")).await;
+    start_site(sandbox, PORT).await;
     page.until("document.title", &json!("Inside")).await;
 
     page.until("document.getElementById('socket').textContent", &json!("echo: hello")).await;
@@ -34,17 +41,16 @@ async fn a_browser_shows_what_a_sandbox_without_a_network_serves() {
     assert_eq!((header("x-forwarded-host"), header("x-forwarded-proto")), (Some(host), Some("http".to_owned())));
     // The cookie that the site set for the whole domain is its own host's.
     assert_eq!(page.evaluate("document.cookie").await.unwrap(), json!("site=1"));
-    page.screenshot("preview-page.png").await;
+    page.screenshot(&format!("{name}-page.png")).await;
 
-    site(&sandbox, PORT + 1).await;
-    let other = browser.open(&format!("http://{}/image.svg", server.host(&sandbox, PORT + 1))).await;
+    site(sandbox, PORT + 1).await;
+    let other = browser.open(&format!("http://{}/image.svg", server.host(sandbox, PORT + 1))).await;
     let seen =
         "fetch('/headers').then(answer => answer.json()).then(headers => headers.Cookie || headers.cookie || null)";
     other.until("location.pathname", &json!("/image.svg")).await;
     let cookies = other.evaluate(seen).await.unwrap();
     assert_eq!(cookies, json!("site=1"), "its own, and only once");
     browser.close().await;
-    server.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -50,6 +50,10 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) async fn start(key: Option<&str>) -> Self {
+        Self::start_with(key, &[]).await
+    }
+
+    pub(crate) async fn start_with(key: Option<&str>, settings: &[(&str, &str)]) -> Self {
         assert!(rustix::process::geteuid().is_root(), "sandboxes of this test need root: sudo make test");
         let home = tempfile::tempdir().expect("a directory");
         let path_port = free_port();
@@ -58,6 +62,7 @@ impl Server {
         command.arg(home.path().join("data"));
         command.env("STACYVM_SERVER_PREVIEW_PORT", path_port.to_string());
         command.env("STACYVM_PROVIDERS_OCI_CGROUP_PARENT", format!("stacyvm-preview-{}", std::process::id()));
+        command.envs(settings.iter().copied());
         if let Some(key) = key {
             command.env("STACYVM_AUTH_API_KEY", key);
         }
@@ -92,8 +97,13 @@ impl Server {
 
     /// A sandbox without a network, in which nothing listens yet.
     pub(crate) async fn sandbox(&self) -> SandboxClient {
+        self.sandbox_of("host").await
+    }
+
+    /// The same of an image that has Python.
+    pub(crate) async fn sandbox_of(&self, image: &str) -> SandboxClient {
         let request = CreateRequest {
-            image: Some("host".to_owned()),
+            image: Some(image.to_owned()),
             network: Some(NetworkRequest { mode: NetworkMode::None, allow: Vec::new() }),
             allow_unenforced: Some(true),
             ..CreateRequest::default()

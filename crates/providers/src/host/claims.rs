@@ -4,8 +4,8 @@
 //! different data directories know nothing of each other. Each number is a
 //! file in a directory below `/run`, naming the data directory that holds it.
 //! A claim is stale when that directory is gone (a test, a removed
-//! installation) and may then be taken over; `/run` itself empties at boot,
-//! when no sandbox is left either.
+//! installation): it may then be taken over, or freed by any other server;
+//! `/run` itself empties at boot, when no sandbox is left either.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -89,15 +89,32 @@ impl Claims {
 
     /// Numbers this server holds, in order.
     pub(crate) fn held(&self) -> io::Result<Vec<u32>> {
-        let mut held = Vec::new();
+        self.numbers(|holder| *holder == self.owner)
+    }
+
+    /// Frees every number whose server is gone for good, once `free` has removed
+    /// what that server left. Nobody takes a number meanwhile.
+    pub(crate) fn free_abandoned(&self, free: impl Fn(u32) -> io::Result<()>) -> io::Result<Vec<u32>> {
+        let _lock = self.lock()?;
+        let abandoned = self.numbers(|holder| !holder.exists())?;
+        for number in &abandoned {
+            free(*number)?;
+            std::fs::remove_file(self.path(*number))?;
+        }
+        Ok(abandoned)
+    }
+
+    /// Numbers with such a holder, in order.
+    fn numbers(&self, wanted: impl Fn(&Instance) -> bool) -> io::Result<Vec<u32>> {
+        let mut numbers = Vec::new();
         for entry in std::fs::read_dir(&self.dir)? {
             let Some(number) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            if self.holder(number)?.as_ref() == Some(&self.owner) {
-                held.push(number);
+            if self.holder(number)?.as_ref().is_some_and(&wanted) {
+                numbers.push(number);
             }
         }
-        held.sort_unstable();
-        Ok(held)
+        numbers.sort_unstable();
+        Ok(numbers)
     }
 
     pub(crate) fn release(&self, number: u32) -> io::Result<()> {
@@ -173,5 +190,25 @@ mod tests {
         std::fs::remove_dir_all(root.path().join("gone")).unwrap();
         let heir = Claims::open(&run, "slots", server(root.path(), "heir")).unwrap();
         assert_eq!(heir.take(1, |_| true).unwrap(), Some(0));
+    }
+
+    #[test]
+    fn what_a_removed_data_directory_held_is_freed_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let run = root.path().join("run");
+        let [gone, lives, heir] =
+            ["gone", "lives", "heir"].map(|name| Claims::open(&run, "slots", server(root.path(), name)).unwrap());
+        assert_eq!(lives.take(3, |number| number == 1).unwrap(), Some(1));
+        for number in [0, 2] {
+            assert_eq!(gone.take(3, |_| true).unwrap(), Some(number));
+        }
+        std::fs::remove_dir_all(root.path().join("gone")).unwrap();
+
+        let busy = |_| Err(io::ErrorKind::ResourceBusy.into());
+        heir.free_abandoned(busy).unwrap_err();
+        assert!(run.join("slots/0").exists(), "what cannot be freed stays claimed");
+        assert_eq!(heir.free_abandoned(|_| Ok(())).unwrap(), [0, 2]);
+        assert_eq!((lives.held().unwrap(), heir.held().unwrap()), (vec![1], vec![]));
+        assert!(!run.join("slots/0").exists() && !run.join("slots/2").exists());
     }
 }

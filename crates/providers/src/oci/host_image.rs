@@ -2,9 +2,9 @@
 //!
 //! `/usr` is shown read-only, nosuid, nodev and with owners *not* shifted: the
 //! host's root appears as nobody, so that only what every user of the host may
-//! read can be read. Around it stands a skeleton of our own, built once per
-//! server start as an ordinary read-only layer: a synthetic `/etc` from an
-//! allow-list, empty homes, the usual links.
+//! read can be read. Around it stands a skeleton of our own, an ordinary
+//! read-only layer that is built when its content is new: a synthetic `/etc`
+//! from an allow-list, empty homes, the usual links.
 //!
 //! `/usr/local` (where people keep their own things) is replaced by a private,
 //! writable directory, `/usr/src` by an empty one, unless the configuration
@@ -138,20 +138,16 @@ impl HostImage {
     /// Builds the skeleton below `dir` unless one with this content is there.
     pub(super) fn build(dir: &Path, options: &HostImageOptions) -> io::Result<Self> {
         let plan = plan(options)?;
-        std::fs::create_dir_all(dir)?;
-        let fresh = tempfile::Builder::new().prefix("new-").tempdir_in(dir)?;
-        let root = fresh.path().join("root");
-        std::fs::create_dir(&root)?;
-        let mut copy = Copy { digest: Sha256::new(), entries: 0, bytes: 0 };
-        fill(&root, &plan, &mut copy)?;
-        let digest =
-            copy.digest.finalize().iter().take(16).fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
+        let content = Content::of_host(&plan)?;
+        let digest = content.digest();
         let skeleton = dir.join(&digest);
-        match std::fs::rename(&root, &skeleton) {
-            Ok(()) => {}
-            // Somebody built the same before.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTEMPTY | libc::EEXIST)) => {}
-            Err(error) => return Err(error),
+        if !skeleton.is_dir() {
+            std::fs::create_dir_all(dir)?;
+            let fresh = tempfile::Builder::new().prefix("new-").tempdir_in(dir)?;
+            let root = fresh.path().join("root");
+            std::fs::create_dir(&root)?;
+            content.write(&root)?;
+            std::fs::rename(&root, &skeleton)?;
         }
         Ok(Self { skeleton, digest: format!("host:{digest}"), plan })
     }
@@ -208,59 +204,75 @@ fn check_include(path: &Path) -> io::Result<()> {
     ))
 }
 
-struct Copy {
-    digest: Sha256,
-    entries: usize,
+/// What the skeleton holds, parents before what is in them.
+#[derive(Default)]
+struct Content {
+    entries: Vec<Entry>,
+    /// Looked at and read in the host's `/etc`.
+    seen: usize,
     bytes: u64,
 }
 
-fn fill(root: &Path, plan: &HostPlan, copy: &mut Copy) -> io::Result<()> {
-    for (path, mode, owner) in DIRECTORIES {
-        copy.directory(&root.join(path), path, mode, owner)?;
-    }
-    for path in plan.shown.iter().filter(|path| path.components().count() > 1 && !path.starts_with("/usr")) {
-        let inside = path.strip_prefix("/").unwrap_or(path);
-        std::fs::create_dir_all(root.join(inside))?;
-        copy.note(&inside.to_string_lossy(), 0o755, b"");
-    }
-    for name in ["bin", "sbin", "lib", "lib32", "lib64", "libx32"] {
-        if let Ok(target) = std::fs::read_link(Path::new("/").join(name)) {
-            copy.link(&root.join(name), name, &target)?;
-        }
-    }
-    copy.link(&root.join("var/run"), "var/run", Path::new("/run"))?;
-    copy.link(&root.join("var/lock"), "var/lock", Path::new("/run/lock"))?;
-    copy.link(&root.join("etc/mtab"), "etc/mtab", Path::new("/proc/self/mounts"))?;
-    copy.link(&root.join("etc/os-release"), "etc/os-release", Path::new("../usr/lib/os-release"))?;
-    for (name, text) in [
-        ("etc/passwd", PASSWD),
-        ("etc/group", GROUP),
-        ("etc/nsswitch.conf", NSSWITCH),
-        ("etc/shells", SHELLS),
-        ("etc/profile", PROFILE),
-    ] {
-        copy.file(&root.join(name), name, text.as_bytes(), 0o644)?;
-    }
-    for name in COPIED {
-        let (from, inside) = (Path::new("/etc").join(name), format!("etc/{name}"));
-        if let Some(parent) = root.join(&inside).parent() {
-            std::fs::create_dir_all(parent)?;
-        }
-        copy.tree(&from, &root.join(&inside), &inside, 0)?;
-    }
-    Ok(())
+struct Entry {
+    /// Relative to the root.
+    path: String,
+    node: Node,
 }
 
-impl Copy {
-    /// Copies what is there and readable by everybody; the rest is left out.
-    fn tree(&mut self, from: &Path, to: &Path, name: &str, depth: usize) -> io::Result<()> {
+enum Node {
+    Directory { mode: u32, owner: u32 },
+    File { mode: u32, content: Vec<u8> },
+    Link { target: PathBuf },
+}
+
+impl Content {
+    fn of_host(plan: &HostPlan) -> io::Result<Self> {
+        let mut content = Self::default();
+        for (path, mode, owner) in DIRECTORIES {
+            content.add(path, Node::Directory { mode, owner });
+        }
+        for path in plan.shown.iter().filter(|path| path.components().count() > 1 && !path.starts_with("/usr")) {
+            let inside = path.strip_prefix("/").unwrap_or(path);
+            content.add(&inside.to_string_lossy(), Node::Directory { mode: 0o755, owner: 0 });
+        }
+        for name in ["bin", "sbin", "lib", "lib32", "lib64", "libx32"] {
+            if let Ok(target) = std::fs::read_link(Path::new("/").join(name)) {
+                content.add(name, Node::Link { target });
+            }
+        }
+        for (path, target) in [
+            ("var/run", "/run"),
+            ("var/lock", "/run/lock"),
+            ("etc/mtab", "/proc/self/mounts"),
+            ("etc/os-release", "../usr/lib/os-release"),
+        ] {
+            content.add(path, Node::Link { target: target.into() });
+        }
+        for (path, text) in [
+            ("etc/passwd", PASSWD),
+            ("etc/group", GROUP),
+            ("etc/nsswitch.conf", NSSWITCH),
+            ("etc/shells", SHELLS),
+            ("etc/profile", PROFILE),
+        ] {
+            content.add(path, Node::File { mode: 0o644, content: text.into() });
+        }
+        for name in COPIED {
+            content.add_tree(&Path::new("/etc").join(name), &format!("etc/{name}"), 0)?;
+        }
+        Ok(content)
+    }
+
+    /// Adds what is there and readable by everybody; the rest is left out.
+    fn add_tree(&mut self, from: &Path, path: &str, depth: usize) -> io::Result<()> {
         let Ok(metadata) = std::fs::symlink_metadata(from) else { return Ok(()) };
-        self.entries += 1;
-        if self.entries > MAX_ENTRIES || depth > MAX_DEPTH {
+        self.seen += 1;
+        if self.seen > MAX_ENTRIES || depth > MAX_DEPTH {
             return Ok(());
         }
         if metadata.is_symlink() {
-            return self.link(to, name, &std::fs::read_link(from)?);
+            self.add(path, Node::Link { target: std::fs::read_link(from)? });
+            return Ok(());
         }
         let for_everybody = metadata.mode() & 0o004 != 0;
         if metadata.is_file() && for_everybody && metadata.len() <= MAX_FILE_BYTES {
@@ -270,54 +282,67 @@ impl Copy {
             }
             let mut content = Vec::new();
             std::fs::File::open(from)?.take(MAX_FILE_BYTES).read_to_end(&mut content)?;
-            return self.file(to, name, &content, 0o644 | (metadata.mode() & 0o111));
-        }
-        if metadata.is_dir() && for_everybody {
-            self.directory(to, name, 0o755, 0)?;
+            self.add(path, Node::File { mode: 0o644 | (metadata.mode() & 0o111), content });
+        } else if metadata.is_dir() && for_everybody {
+            self.add(path, Node::Directory { mode: 0o755, owner: 0 });
             let mut names: Vec<_> = std::fs::read_dir(from)?.flatten().map(|entry| entry.file_name()).collect();
             names.sort_unstable();
-            for entry in names {
-                let inside = format!("{name}/{}", entry.to_string_lossy());
-                self.tree(&from.join(&entry), &to.join(&entry), &inside, depth + 1)?;
+            for name in names.iter().filter_map(|name| name.to_str()) {
+                self.add_tree(&from.join(name), &format!("{path}/{name}"), depth + 1)?;
             }
         }
         Ok(())
     }
 
-    fn directory(&mut self, to: &Path, name: &str, mode: u32, owner: u32) -> io::Result<()> {
-        match std::fs::create_dir(to) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
+    fn add(&mut self, path: &str, node: Node) {
+        self.entries.push(Entry { path: path.to_owned(), node });
+    }
+
+    /// Names the content, unambiguously.
+    fn digest(&self) -> String {
+        let mut digest = Sha256::new();
+        for Entry { path, node } in &self.entries {
+            let owner;
+            let (mode, content) = match node {
+                Node::Directory { mode, owner: number } => {
+                    owner = number.to_le_bytes();
+                    (*mode, owner.as_slice())
+                }
+                Node::File { mode, content } => (*mode, content.as_slice()),
+                Node::Link { target } => (0o777, target.as_os_str().as_encoded_bytes()),
+            };
+            digest.update((path.len() as u64).to_le_bytes());
+            digest.update(path);
+            digest.update(mode.to_le_bytes());
+            digest.update((content.len() as u64).to_le_bytes());
+            digest.update(content);
         }
-        std::fs::set_permissions(to, PermissionsExt::from_mode(mode))?;
-        if owner != 0 && !is_ordinary_user() {
-            lchown(to, Some(owner), Some(owner))?;
+        digest.finalize().iter().take(16).fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+    }
+
+    fn write(&self, root: &Path) -> io::Result<()> {
+        for Entry { path, node } in &self.entries {
+            let to = root.join(path);
+            if let Some(parent) = to.parent() {
+                std::fs::create_dir_all(parent)?;
+            }
+            match node {
+                Node::Directory { mode, owner } => {
+                    std::fs::create_dir_all(&to)?;
+                    std::fs::set_permissions(&to, PermissionsExt::from_mode(*mode))?;
+                    if *owner != 0 && !is_ordinary_user() {
+                        lchown(&to, Some(*owner), Some(*owner))?;
+                    }
+                }
+                Node::File { mode, content } => {
+                    let mut file = std::fs::File::create_new(&to)?;
+                    file.write_all(content)?;
+                    file.set_permissions(PermissionsExt::from_mode(*mode))?;
+                }
+                Node::Link { target } => symlink(target, &to)?,
+            }
         }
-        self.note(name, mode, &owner.to_le_bytes());
         Ok(())
-    }
-
-    fn file(&mut self, to: &Path, name: &str, content: &[u8], mode: u32) -> io::Result<()> {
-        let mut file = std::fs::File::create_new(to)?;
-        file.write_all(content)?;
-        file.set_permissions(PermissionsExt::from_mode(mode))?;
-        self.note(name, mode, content);
-        Ok(())
-    }
-
-    fn link(&mut self, to: &Path, name: &str, target: &Path) -> io::Result<()> {
-        symlink(target, to)?;
-        self.note(name, 0o777, target.as_os_str().as_encoded_bytes());
-        Ok(())
-    }
-
-    /// Enters one entry into the digest, unambiguously.
-    fn note(&mut self, name: &str, mode: u32, content: &[u8]) {
-        self.digest.update((name.len() as u64).to_le_bytes());
-        self.digest.update(name);
-        self.digest.update(mode.to_le_bytes());
-        self.digest.update((content.len() as u64).to_le_bytes());
-        self.digest.update(content);
     }
 }
 
@@ -329,8 +354,10 @@ mod tests {
     fn a_skeleton_holds_no_account_of_the_host_and_is_built_once() {
         let dir = tempfile::tempdir().unwrap();
         let first = HostImage::build(dir.path(), &HostImageOptions::default()).unwrap();
+        let made = std::fs::metadata(first.skeleton.join("etc")).unwrap();
         let again = HostImage::build(dir.path(), &HostImageOptions::default()).unwrap();
         assert_eq!(first.skeleton, again.skeleton);
+        assert_eq!(std::fs::metadata(again.skeleton.join("etc")).unwrap().ino(), made.ino(), "not built again");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing half-built stays");
 
         let etc = first.skeleton.join("etc");

@@ -9,7 +9,7 @@ use super::error::OciError;
 use super::runtime::Runtime;
 use super::state::{self, OnDisk};
 use super::{destroy, strays};
-use crate::host::{cgroup, sys, trash};
+use crate::host::{cgroup, is_ordinary_user, sys, trash};
 
 /// Frees what no sandbox owns and says what that was.
 pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, OciError> {
@@ -21,7 +21,7 @@ pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, OciErro
     }
     skeletons(runtime, &mut freed)?;
     leases(runtime, &mut freed).await?;
-    unused_network(runtime, &mut freed).await;
+    networks(runtime, &mut freed).await;
     deleted_files(runtime).await?;
     match runtime.remove_trash().await {
         Ok(0) => {}
@@ -114,8 +114,18 @@ async fn leases(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), O
     Ok(())
 }
 
-/// The network of a server that no longer offers one.
-async fn unused_network(runtime: &Arc<Runtime>, freed: &mut Vec<String>) {
+/// Networks that nobody uses any more: those of servers that are gone for good,
+/// and this one's where it is no longer offered.
+async fn networks(runtime: &Arc<Runtime>, freed: &mut Vec<String>) {
+    if is_ordinary_user() {
+        return;
+    }
+    match runtime.network.remove_abandoned().await {
+        Ok(numbers) => {
+            freed.extend(numbers.into_iter().map(|number| format!("network {number} of a server that is gone")));
+        }
+        Err(error) => tracing::warn!(%error, "the network of a server that is gone cannot be removed"),
+    }
     // One that is offered is there to be used.
     if runtime.connected.is_some() {
         return;

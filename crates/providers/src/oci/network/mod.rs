@@ -15,7 +15,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::oneshot;
@@ -41,7 +41,7 @@ pub(super) struct Connected {
 
 /// This server's network.
 pub(super) struct Network {
-    claims: Claims,
+    claims: Arc<Claims>,
     run_dir: PathBuf,
     name_servers: Vec<SocketAddr>,
     ports: Mutex<Ports>,
@@ -73,13 +73,21 @@ impl Network {
     ) -> Self {
         let used = connected.iter().map(|sandbox| sandbox.port).collect();
         let ports = Mutex::new(Ports { used, inherited: connected });
-        Self { claims, run_dir, name_servers, ports, up: tokio::sync::Mutex::default() }
+        Self { claims: Arc::new(claims), run_dir, name_servers, ports, up: tokio::sync::Mutex::default() }
     }
 
     /// Serves the sandboxes of an earlier process, if there are any.
     pub(super) async fn resume(&self) -> io::Result<()> {
         let has_sandboxes = !self.lock().used.is_empty();
         if has_sandboxes { self.up().await.map(drop) } else { Ok(()) }
+    }
+
+    /// Removes the networks of servers whose data directories are gone: nobody
+    /// else will.
+    pub(super) async fn remove_abandoned(&self) -> io::Result<Vec<u32>> {
+        let (claims, routers) = (Arc::clone(&self.claims), routers(&self.run_dir));
+        let remove = move |number: u32| router::remove_remains(Subnet(number), &routers.join(number.to_string()));
+        blocking(move || claims.free_abandoned(remove)).await
     }
 
     /// Connects a sandbox's network namespace to a free port.
@@ -195,7 +203,7 @@ impl Network {
     }
 
     fn mount(&self, subnet: Subnet) -> PathBuf {
-        self.run_dir.join("routers").join(subnet.0.to_string())
+        routers(&self.run_dir).join(subnet.0.to_string())
     }
 
     fn take_port(&self) -> Option<u32> {
@@ -289,6 +297,11 @@ fn host_routes() -> Vec<(Ipv4Addr, Ipv4Addr)> {
             (!mask.is_unspecified() && !is_ours).then_some((network, mask))
         })
         .collect()
+}
+
+/// Where the namespaces of routers are kept.
+fn routers(run_dir: &Path) -> PathBuf {
+    run_dir.join("routers")
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
