@@ -164,9 +164,8 @@ async fn commands_go_on_while_the_backend_is_away() {
 
     let backend = BackendProcess::listen(&backend_site, &address, &[]).await;
     eventually("the sandbox answers", async || {
-        let written =
-            sandbox.exec(&ExecRequest { command: "touch /workspace/go".to_owned(), ..ExecRequest::default() });
-        written.await.ok()
+        let touch = ExecRequest { command: "touch /workspace/go".to_owned(), ..ExecRequest::default() };
+        sandbox.exec(&touch).await.ok()
     })
     .await;
     let ran = waiting.await.expect("it ends").ok();
@@ -180,6 +179,26 @@ async fn commands_go_on_while_the_backend_is_away() {
     .await;
     drop(server);
     drop(backend);
+}
+
+/// The address that people have at hand is that of a server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_in_a_backends_place_is_told_as_such() {
+    let elsewhere = Server::start_with(&Site::new(), |serve| {
+        serve.env("STACYVM_PROVIDERS_DEFAULT", "mock").env("STACYVM_AUTH_API_KEY", KEY);
+    })
+    .await;
+    for base in ["", "/api/v1"] {
+        let server = Server::start_with(&Site::new(), |serve| {
+            serve.env("STACYVM_PROVIDERS_DEFAULT", "custom").env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
+            serve.env("STACYVM_PROVIDERS_CUSTOM_BASE_URL", format!("{}{base}", elsewhere.url));
+        })
+        .await;
+        const SAID: &str = "this answers like a StacyVM server's API, not a backend";
+        let ran = server.run(&["providers", "custom"]).await.says(SAID).says("stacyvm backend serve");
+        assert!(!ran.stdout().contains("404"), "{ran}");
+        server.run(&["run", "--", "true"]).await.failed(125).says(SAID).says("stacyvm backend serve");
+    }
 }
 
 /// The shell of somebody who uses a backend has these variables set.
