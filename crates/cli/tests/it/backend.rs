@@ -184,6 +184,7 @@ async fn commands_go_on_while_the_backend_is_away() {
 /// The address that people have at hand is that of a server.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_in_a_backends_place_is_told_as_such() {
+    const SAID: &str = "this answers like a StacyVM server's API, not a backend";
     let elsewhere = Server::start_with(&Site::new(), |serve| {
         serve.env("STACYVM_PROVIDERS_DEFAULT", "mock").env("STACYVM_AUTH_API_KEY", KEY);
     })
@@ -194,7 +195,6 @@ async fn a_server_in_a_backends_place_is_told_as_such() {
             serve.env("STACYVM_PROVIDERS_CUSTOM_BASE_URL", format!("{}{base}", elsewhere.url));
         })
         .await;
-        const SAID: &str = "this answers like a StacyVM server's API, not a backend";
         let ran = server.run(&["providers", "custom"]).await.says(SAID).says("stacyvm backend serve");
         assert!(!ran.stdout().contains("404"), "{ran}");
         server.run(&["run", "--", "true"]).await.failed(125).says(SAID).says("stacyvm backend serve");

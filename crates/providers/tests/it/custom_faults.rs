@@ -587,6 +587,8 @@ async fn what_is_no_backend_is_told_apart() {
 /// are not.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backend_with_typed_failures_is_heard_in_one_line() {
+    const LINE: &str = "{\"stream\":\"error\",\"code\":\"BAD_REQUEST\",\"message\":\"no such\\u0007 shell\"}\n";
+    const ANSWER: &str = r#"{"code":"FILE_CONFLICT","message":"/f is a directory"}"#;
     const REFUSAL: &str = r#"{"code":"CODE","message":"vcpus has to be\u001b[2J\r\nat most 4","hint":"ask for\nless"}"#;
     let refusing = |code: &str| -> &'static str { REFUSAL.replace("CODE", code).leak() };
     for (status, code, kind_expected) in [
@@ -614,8 +616,6 @@ async fn a_backend_with_typed_failures_is_heard_in_one_line() {
         }
     }
     // Inside a sandbox, by answers and by streams.
-    const LINE: &str = "{\"stream\":\"error\",\"code\":\"BAD_REQUEST\",\"message\":\"no such\\u0007 shell\"}\n";
-    const ANSWER: &str = r#"{"code":"FILE_CONFLICT","message":"/f is a directory"}"#;
     for (features, heard) in [(r#""exit","errors""#, true), (r#""exit""#, false)] {
         let faulty = Faulty { features, ..Faulty::at("POST /exec", Fault::Body(200, LINE)) };
         let (streaming, _state) = provider(faulty).await;
