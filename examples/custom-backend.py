@@ -12,7 +12,7 @@ KEY, BOXES = os.environ.get("BACKEND_KEY", ""), {}  # BOXES: id -> (its director
 HOLD = """for d in bin lib lib64 sbin usr etc; do
   if [ -L /$d ]; then cp -P /$d "$0/"; elif [ -d /$d ]; then mkdir "$0/$d"; mount --bind -o ro /$d "$0/$d"; fi; done
 mount --rbind /dev "$0/dev"; mount -t proc proc "$0/proc"; echo "$1" > /proc/sys/kernel/hostname; echo ready
-exec chroot "$0" sleep infinity"""
+exec chroot "$0" cat"""  # Until its input ends, which it does with this program, however that ends.
 
 class Backend(http.server.BaseHTTPRequestHandler):
     def handle_call(self):
@@ -48,7 +48,7 @@ class Backend(http.server.BaseHTTPRequestHandler):
         root, box = os.path.realpath(tempfile.mkdtemp(prefix="stacyvm-backend-")), f"box-{uuid.uuid4().hex}"
         for name in ("workspace", "tmp", "dev", "proc"): os.mkdir(f"{root}/{name}")
         holder = subprocess.Popen(["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "sh", "-c",
-                                   HOLD, root, box], stdout=subprocess.PIPE)
+                                   HOLD, root, box], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if holder.stdout.readline() != b"ready\n": raise OSError
         BOXES[box] = (root, holder, open(f"/proc/{holder.pid}/task/{holder.pid}/children").read().strip())
         self.answer(201, {"id": box})

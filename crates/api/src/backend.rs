@@ -21,7 +21,8 @@ pub const STREAM_PROTOCOL: &str = "stacyvm-stream";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Feature {
-    /// Failures are `{"code", "message"}`, with a [`Code`].
+    /// Failures are `{"code", "message", "hint"}`, with a [`Code`] and words for
+    /// callers.
     Errors,
     /// A stream of a command ends with a line that tells how it ended, and
     /// `timeout_ms` of a command applies.
@@ -196,6 +197,9 @@ pub struct StreamLine {
     pub bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<Code>,
+    /// [`Feature::Errors`]: why, in a line `error`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
 }
 
 /// What a client says on a terminal's WebSocket after the first message; input
@@ -299,6 +303,8 @@ pub struct Stats {
     pub pids_limit: u64,
     pub oom_kills: u64,
     pub pids_refused: u64,
+    pub pids_kills: u64,
+    pub disk_kills: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
     pub disk_limit_bytes: u64,
@@ -352,9 +358,13 @@ pub enum Code {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     pub code: Code,
-    /// For a person at the backend; the provider does not pass it on.
+    /// One sentence for whoever called; passed on from a backend that says that
+    /// it has [`Feature::Errors`], and dropped from any other.
     #[serde(default)]
     pub message: String,
+    /// What to do about it, where there is something to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
 }
 
 #[cfg(test)]

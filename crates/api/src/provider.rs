@@ -53,6 +53,12 @@ pub struct ProviderDetail {
     pub healthy: bool,
     pub default: bool,
     pub sandbox_count: u64,
+    /// What it can do, as in `health`.
+    #[serde(default)]
+    pub capabilities: Vec<String>,
+    /// What it does less well than others, as in `health`.
+    #[serde(default)]
+    pub shortfalls: Vec<String>,
     pub health: ProviderHealth,
     pub config: BTreeMap<String, String>,
 }

@@ -162,9 +162,16 @@ pub struct Sandbox {
 pub struct LimitReport {
     pub enforced: Vec<Limit>,
     pub unenforced: Vec<Limit>,
-    /// How the disk is bounded: `project_quota`, `loop`, `memory` or `none`.
+    /// How the disk is bounded: `project_quota`, `loop`, `memory`, `watched` or
+    /// `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_backend: Option<String>,
+    /// In force, where the runtime has a bound of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mb: Option<u64>,
+    /// In force, where the runtime has a bound of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_size_mb: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]

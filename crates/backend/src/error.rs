@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use stacyvm_api::backend::{Code, Failure};
+use stacyvm_api::backend::{Code, Failure, StreamLine};
 use stacyvm_sandbox::{ProviderError, SessionError};
 
 #[derive(Debug)]
@@ -16,11 +16,18 @@ pub(crate) type Answer<T> = Result<T, Refusal>;
 
 impl Refusal {
     pub(crate) fn new(status: u16, code: Code, message: impl Into<String>) -> Self {
-        Self { status, failure: Failure { code, message: message.into() } }
+        Self { status, failure: Failure { code, message: message.into(), hint: None } }
     }
 
     pub(crate) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(400, Code::BadRequest, message)
+    }
+
+    /// As the last line of a stream.
+    pub(crate) fn line(self) -> StreamLine {
+        let Failure { code, message, .. } = self.failure;
+        let stream = "error".to_owned();
+        StreamLine { stream, code: Some(code), message: Some(message), ..StreamLine::default() }
     }
 
     pub(crate) fn not_found() -> Self {
@@ -79,6 +86,21 @@ impl From<ProviderError> for Refusal {
         if status >= 500 {
             tracing::warn!(error = &error as &dyn std::error::Error, "a call failed");
         }
-        Self::new(status, code, error.to_string())
+        let text = error.to_string();
+        // What the other side puts around the reason is not sent along.
+        let (message, hint) = match error {
+            ProviderError::Image { message, hint, .. } => (message, hint),
+            ProviderError::Exhausted { message } => (message, None),
+            ProviderError::LimitUnsupported { hint, .. } | ProviderError::RegistryUnavailable { hint, .. } => {
+                (text, Some(hint))
+            }
+            ProviderError::Unavailable { hint, .. } => (text, hint),
+            ProviderError::NotFound(_)
+            | ProviderError::Unsupported { .. }
+            | ProviderError::InvalidSpec { .. }
+            | ProviderError::Failed { .. } => (text, None),
+        };
+        let refusal = Self::new(status, code, message);
+        Self { failure: Failure { hint, ..refusal.failure }, ..refusal }
     }
 }

@@ -281,6 +281,10 @@ fn session_hint(error: &SessionError) -> Option<&'static str> {
         SessionError::PidsExhausted => Some("signal a command that runs, or make a sandbox with a larger pids_limit"),
         SessionError::MemoryExhausted => Some("end a command that runs, or make a sandbox with a larger memory_mb"),
         SessionError::DiskFull => Some("remove files, or make a sandbox with a larger disk_size_mb"),
+        SessionError::Unavailable(_) => Some(
+            "`stacyvm providers` says whether its runtime is there; a command that has begun goes on, and \
+             `stacyvm ps` shows it once it is",
+        ),
         SessionError::Gone
         | SessionError::InvalidArgument(_)
         | SessionError::FileNotFound(_)
@@ -293,7 +297,6 @@ fn session_hint(error: &SessionError) -> Option<&'static str> {
         | SessionError::Limited(_)
         | SessionError::Unsupported(_)
         | SessionError::PortClosed(_)
-        | SessionError::Unavailable(_)
         | SessionError::Failed { .. } => None,
     }
 }

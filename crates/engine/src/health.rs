@@ -72,6 +72,8 @@ impl Shared {
             healthy: health.healthy,
             default: health.default,
             sandbox_count: health.runtime_count.unwrap_or(0),
+            capabilities: health.capabilities.clone(),
+            shortfalls: health.shortfalls.clone(),
             health,
             config,
         })

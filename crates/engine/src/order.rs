@@ -28,10 +28,10 @@ const ALLOW_MAX_ENTRIES: usize = 128;
 /// started, without a word.
 const MEMORY_MIN_MIB: u64 = 16;
 /// 16 TiB: more than hosts have, and far below where bytes overflow.
-const MEMORY_MAX_MIB: u64 = 1 << 24;
+pub(crate) const MEMORY_MAX_MIB: u64 = 1 << 24;
 
 /// Beyond any disk; in bytes it still fits a number.
-const DISK_MAX_MIB: u64 = 1 << 32;
+pub(crate) const DISK_MAX_MIB: u64 = 1 << 32;
 /// The agent takes five, each command a helper; what is left has to be enough
 /// for a runtime to start them and for a shell with a pipe.
 const PIDS_MIN: u64 = 16;

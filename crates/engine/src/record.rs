@@ -12,8 +12,9 @@ use tokio::sync::{OnceCell, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Reservation;
-use crate::exec::Command;
+use crate::exec::{Command, Kills};
 use crate::lifecycle::{Effect, Happening, Lifecycle, Runtime};
+use crate::order::{DISK_MAX_MIB, MEMORY_MAX_MIB};
 use crate::store::{Idempotency, PortSettings, SandboxRow};
 
 /// The one node of a server without workers.
@@ -36,9 +37,8 @@ pub(crate) struct Record {
     pub(crate) ended: CancellationToken,
     /// Whoever makes it gives up.
     pub(crate) abort_create: CancellationToken,
-    /// Times the kernel killed something here for want of memory, as last
-    /// seen.
-    pub(crate) oom_kills: AtomicU64,
+    /// Times limits killed something here, as last seen.
+    kills: Mutex<Kills>,
     /// The last reading of processor time, for a rate.
     pub(crate) cpu_reading: Mutex<Option<(Instant, u64)>>,
     /// Expiry that the agent has confirmed, in milliseconds of Unix time.
@@ -93,7 +93,7 @@ impl Record {
             starting: AtomicUsize::new(0),
             ended: CancellationToken::new(),
             abort_create: CancellationToken::new(),
-            oom_kills: AtomicU64::new(0),
+            kills: Mutex::default(),
             cpu_reading: Mutex::default(),
             agent_expires_at: AtomicU64::new(sandbox.expires_at.unix_ms().unsigned_abs()),
             taken_in: AtomicBool::new(false),
@@ -176,9 +176,26 @@ impl Record {
         rest
     }
 
-    /// What the provider reported, before the record says `running`.
+    /// What the provider reported, before the record says `running`. Its own
+    /// bounds replace what was asked for.
     pub(crate) fn set_limits(&self, limits: LimitReport) {
-        Arc::make_mut(&mut self.lock().sandbox).limits = Some(limits);
+        let mut state = self.lock();
+        let sandbox = Arc::make_mut(&mut state.sandbox);
+        if let Some(memory) = limits.memory_mb.filter(|mib| *mib > 0 && *mib <= MEMORY_MAX_MIB) {
+            sandbox.memory_mb = memory;
+        }
+        sandbox.disk_size_mb =
+            limits.disk_size_mb.filter(|mib| *mib > 0 && *mib <= DISK_MAX_MIB).or(sandbox.disk_size_mb);
+        sandbox.limits = Some(limits);
+    }
+
+    pub(crate) fn kills(&self) -> Kills {
+        *self.kills.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn saw_kills(&self, seen: Kills) {
+        let mut kills = self.kills.lock().unwrap_or_else(PoisonError::into_inner);
+        *kills = kills.or_later(seen);
     }
 
     pub(crate) fn to_row(&self, now: Timestamp) -> SandboxRow {

@@ -348,7 +348,7 @@ impl Shared {
         if record.taken_in.load(Ordering::Relaxed) {
             return;
         }
-        self.note_oom_kills(record).await;
+        self.note_kills(record).await;
         self.settle_commands(record).await;
         self.carry_out(record, Effect::Watch);
     }

@@ -198,6 +198,12 @@ pub struct ResourceUsage {
     pub oom_kills: u64,
     /// Times a fork was refused by the process limit.
     pub pids_refused: u64,
+    /// Times commands were killed because more processes ran than may, where
+    /// nobody refuses forks.
+    pub pids_kills: u64,
+    /// Times commands were killed because the files took more than they may,
+    /// where nobody refuses writes.
+    pub disk_kills: u64,
     /// `None` where nobody counts, as in a plain directory.
     pub disk_bytes: Option<u64>,
     pub disk_limit_bytes: u64,

@@ -163,10 +163,7 @@ impl Writer {
 
     pub(super) fn lines(&mut self, event: Option<Result<ProcessEvent, SessionError>>) -> Vec<StreamLine> {
         let named = |stream: &str| StreamLine { stream: stream.to_owned(), ..StreamLine::default() };
-        let failure = |error: SessionError| {
-            let code = Refusal::from(error).failure.code;
-            StreamLine { code: Some(code), ..named("error") }
-        };
+        let failure = |error: SessionError| Refusal::from(error).line();
         match event {
             Some(Ok(ProcessEvent::Stdout(bytes) | ProcessEvent::Terminal(bytes))) => {
                 vec![self.output("stdout", &bytes)]

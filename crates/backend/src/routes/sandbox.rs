@@ -103,6 +103,8 @@ pub(super) async fn stats(State(app): State<App>, Path(id): Path<String>) -> Ans
         pids_limit: usage.pids_limit,
         oom_kills: usage.oom_kills,
         pids_refused: usage.pids_refused,
+        pids_kills: usage.pids_kills,
+        disk_kills: usage.disk_kills,
         disk_bytes: usage.disk_bytes,
         disk_limit_bytes: usage.disk_limit_bytes,
     }))

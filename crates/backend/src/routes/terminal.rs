@@ -36,9 +36,7 @@ async fn converse(mut socket: WebSocket, session: Arc<dyn Session>) -> Result<()
         Ok(Some(begun)) => begun,
         Ok(None) => return Ok(()),
         Err(refusal) => {
-            let line =
-                StreamLine { stream: "error".to_owned(), code: Some(refusal.failure.code), ..StreamLine::default() };
-            return socket.send(text(&line)).await;
+            return socket.send(text(&refusal.line())).await;
         }
     };
     socket.send(text(&StreamLine { stream: "started".to_owned(), ..StreamLine::default() })).await?;

@@ -12,7 +12,9 @@ use stacyvm_providers::proot::Permission;
 use stacyvm_sandbox::Provider;
 
 use crate::commands::Context;
-use crate::commands::serve::{Chosen, Signals, logging, open_one, open_providers, raise_open_files};
+use crate::commands::serve::{
+    Chosen, Signals, default_kind, is_custom, logging, open_one, open_providers, raise_open_files,
+};
 use crate::config::{self, Config, Environment, MAX_KEY_FILE_BYTES, read_small_file};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
@@ -68,6 +70,7 @@ pub(crate) async fn run(context: &Context, args: BackendArgs) -> anyhow::Result<
     let BackendCommand::Serve(args) = args.command;
     let environment = Environment::of_this_process();
     let config = config::load(args.config.as_deref(), &environment)?.config;
+    local(args.provider.as_deref(), &config)?;
     logging::start(&config.logging)?;
     raise_open_files();
     let key = key(args.key_file.as_deref(), &environment)?;
@@ -127,6 +130,23 @@ async fn open(
         other.shutdown().await;
     }
     served.pop().context("the default provider is not there")
+}
+
+/// What a backend serves is of this machine: with the settings of a server that
+/// uses a backend it would serve that one, and most likely itself.
+fn local(wanted: Option<&str>, config: &Config) -> anyhow::Result<()> {
+    let (is_custom, whence) = match wanted {
+        Some(name) => (is_custom(config, name), "--provider"),
+        None => {
+            (default_kind(config) == Some("custom"), "the default provider (STACYVM_PROVIDERS_DEFAULT, or the file)")
+        }
+    };
+    if !is_custom {
+        return Ok(());
+    }
+    let message = format!("{whence} is custom, which is another machine's runtime: a backend would serve itself");
+    let fix = "name a runtime of this machine: --provider oci, docker, proot or mock";
+    Err(Advice::new(message, fix).into())
 }
 
 fn key(file: Option<&Path>, environment: &Environment) -> anyhow::Result<Option<String>> {

@@ -196,6 +196,8 @@ fn reason(code: ErrorCode) -> String {
     match code {
         ErrorCode::Timeout => "its deadline passed".to_owned(),
         ErrorCode::SandboxOom => "the sandbox used up its memory (SANDBOX_OOM)".to_owned(),
+        ErrorCode::SandboxDiskFull => "the sandbox's disk is full (SANDBOX_DISK_FULL)".to_owned(),
+        ErrorCode::SandboxPidsExhausted => "the sandbox used up its process limit (SANDBOX_PIDS_EXHAUSTED)".to_owned(),
         other => other.to_string(),
     }
 }

@@ -78,10 +78,30 @@ fn page(output: Output, provider: &ProviderDetail) -> String {
     for (key, value) in &provider.config {
         let _ = writeln!(page, "  {key}: {value}");
     }
+    let _ = writeln!(page, "  capabilities: {}", provider.capabilities.join(", "));
+    for shortfall in &provider.shortfalls {
+        let meaning = meaning(shortfall).map(|meaning| format!(" ({meaning})")).unwrap_or_default();
+        let _ = writeln!(page, "  {} {shortfall}{meaning}", output.paint(Tone::Warning, "lacks:"));
+    }
     for finding in &provider.health.findings {
         page.push_str(&finding_lines(output, finding));
     }
     page
+}
+
+/// What a shortfall means to whoever uses sandboxes there. A server may know
+/// newer ones.
+fn meaning(shortfall: &str) -> Option<&'static str> {
+    Some(match shortfall {
+        "text_only" => "output and files are text",
+        "plain_files" => "files have no owner, and no kind but file and directory",
+        "no_archives" => "directories cannot be copied as a whole",
+        "late_output" => "output of a command comes at its end, and is lost at its deadline",
+        "one_user" => "commands have one user",
+        "plain_failures" => "failures do not tell what exactly was wrong",
+        "loose_limits" => "nobody says which limits hold",
+        _ => return None,
+    })
 }
 
 fn finding_lines(output: Output, finding: &Finding) -> String {

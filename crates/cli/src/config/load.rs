@@ -406,10 +406,9 @@ fn check_custom(config: &Config, problems: &mut Vec<Problem>) {
         );
     }
     if custom.enabled && custom.base_url.trim().is_empty() {
-        problems.push(
-            Problem::new("providers.custom.base_url", "is empty, but the provider is enabled")
-                .hint("write the address of the backend, such as http://10.0.0.2:7425"),
-        );
+        problems.push(Problem::new("providers.custom.base_url", "is empty, but the provider is enabled").hint(
+            "write the backend's address, such as http://10.0.0.2:7425, or set STACYVM_PROVIDERS_CUSTOM_BASE_URL",
+        ));
     }
     if custom.timeout.is_zero() {
         problems.push(Problem::new("providers.custom.timeout", "cannot be zero").hint("write 60s"));

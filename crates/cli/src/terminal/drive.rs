@@ -155,7 +155,7 @@ impl Running<'_> {
                         Err(error) => return Err(error),
                     },
                     // Its last word, such as that the sandbox has ended.
-                    Ok(None) if self.refusal.is_some() => return Err(self.refused()),
+                    Ok(None) if self.refusal.is_some() && !self.may_come_back() => return Err(self.refused()),
                     Ok(None) => self.attach_again(None).await?,
                     // A refusal of input, after which the command goes on; or why
                     // the connection ends now.
@@ -244,7 +244,10 @@ impl Running<'_> {
         let deadline = self.outage.unwrap_or_else(Instant::now) + RECONNECT_LIMIT;
         loop {
             if Instant::now() >= deadline {
-                anyhow::bail!("the server did not come back; the command {exec_id} may still run");
+                return Err(self.refusal.take().map_or_else(
+                    || anyhow::anyhow!("the server did not come back; the command {exec_id} may still run"),
+                    anyhow::Error::from,
+                ));
             }
             match self.sandbox.attach(exec_id.clone(), self.offset).await {
                 Ok(Terminal { input, output }) => {
@@ -253,10 +256,16 @@ impl Running<'_> {
                     return self.pump.move_to(input).await;
                 }
                 Err(ClientError::Connect { .. } | ClientError::Transport { .. }) => {}
+                Err(error) if error.code() == Some(ErrorCode::Unavailable) => self.refusal = Some(error),
                 Err(error) => return Err(error.into()),
             }
             sleep(RECONNECT_PAUSE).await;
         }
+    }
+
+    /// Whether it is the runtime that was away, rather than the command.
+    fn may_come_back(&self) -> bool {
+        self.exec_id.is_some() && self.refusal.as_ref().and_then(ClientError::code) == Some(ErrorCode::Unavailable)
     }
 
     fn refused(&mut self) -> anyhow::Error {

@@ -6,6 +6,8 @@ use std::process::Child;
 use std::sync::Arc;
 
 use rustix::process::{Signal, kill_process};
+use stacyvm_api::{ErrorCode, ExecRequest, ProcessStatus};
+use stacyvm_client::ClientError;
 
 use crate::support::{Server, Site, create, eventually, output, pid_of, small};
 
@@ -19,10 +21,14 @@ struct BackendProcess {
 
 impl BackendProcess {
     async fn start(site: &Arc<Site>, arguments: &[&str]) -> Self {
+        Self::listen(site, "127.0.0.1:0", arguments).await
+    }
+
+    async fn listen(site: &Arc<Site>, address: &str, arguments: &[&str]) -> Self {
         let out = site.home().join("backend.out");
         fs::write(site.home().join("backend.key"), KEY).expect("writable");
         let mut command = site.program();
-        command.args(["backend", "serve", "--listen", "127.0.0.1:0", "--key-file", "backend.key"]).args(arguments);
+        command.args(["backend", "serve", "--listen", address, "--key-file", "backend.key"]).args(arguments);
         let log = File::create(site.home().join("backend.log")).expect("a file");
         command.stdout(File::create(&out).expect("a file")).stderr(log);
         let process = command.spawn().expect("the program starts");
@@ -34,6 +40,13 @@ impl BackendProcess {
         })
         .await;
         Self { process, url }
+    }
+
+    /// As a crash of the other machine's program; its address is kept for the next.
+    fn kill(mut self) -> String {
+        self.process.kill().expect("it can be killed");
+        self.process.wait().expect("it can be waited for");
+        self.url.trim_start_matches("http://").to_owned()
     }
 }
 
@@ -118,4 +131,114 @@ async fn without_a_key_only_this_machine_is_listened_to() {
     let site = Site::new();
     let ran = site.run(&["backend", "serve", "--listen", "0.0.0.0:0", "--provider", "mock"]).await;
     assert!(ran.status() != Some(0) && ran.stderr().contains("--key-file"), "{ran}");
+}
+
+/// The sandbox and what runs in it outlive the backend: whoever waits hears
+/// what to do, the command line waits itself, and the log stays right.
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_go_on_while_the_backend_is_away() {
+    const WAITS: &str = "echo begun; while [ ! -e /workspace/go ]; do sleep 0.1; done; echo finished";
+    let backend_site = Site::with_image();
+    let backend = BackendProcess::start(&backend_site, &[]).await;
+    let server = server_on(&backend, KEY).await;
+    let sandbox = create(&server.client(), &small()).await;
+    let id = sandbox.id().to_string();
+    let waiting = server.program(&["exec", &id, "-n", "--", "sh", "-c", WAITS]);
+    let waiting = tokio::spawn(crate::support::run(waiting, b""));
+    let request = ExecRequest { command: WAITS.to_owned(), ..ExecRequest::default() };
+    let called = tokio::spawn({
+        let sandbox = sandbox.clone();
+        async move { sandbox.exec(&request).await }
+    });
+    eventually("both run", async || {
+        let log = sandbox.exec_log().await.expect("the log");
+        (log.iter().filter(|command| command.status == ProcessStatus::Running).count() == 2).then_some(())
+    })
+    .await;
+    let address = backend.kill();
+
+    let error = called.await.expect("it ends").expect_err("the backend is away");
+    assert_eq!(error.code(), Some(ErrorCode::Unavailable), "{error:?}");
+    let ClientError::Api(said) = &error else { panic!("{error:?}") };
+    assert!(said.hint.as_deref().is_some_and(|hint| hint.contains("stacyvm ps")), "{said:?}");
+
+    let backend = BackendProcess::listen(&backend_site, &address, &[]).await;
+    eventually("the sandbox answers", async || {
+        let touch = ExecRequest { command: "touch /workspace/go".to_owned(), ..ExecRequest::default() };
+        sandbox.exec(&touch).await.ok()
+    })
+    .await;
+    let ran = waiting.await.expect("it ends").ok();
+    assert_eq!(ran.stdout(), "begun\nfinished\n", "{ran}");
+    eventually("the log says how both ended", async || {
+        let log = sandbox.exec_log().await.expect("the log");
+        let waited = log.iter().filter(|command| command.command.contains("begun"));
+        let ended: Vec<_> = waited.map(|command| (command.status, command.exit_code)).collect();
+        (ended == [(ProcessStatus::Exited, Some(0)); 2]).then_some(())
+    })
+    .await;
+    drop(server);
+    drop(backend);
+}
+
+/// The address that people have at hand is that of a server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_in_a_backends_place_is_told_as_such() {
+    const SAID: &str = "this answers like a StacyVM server's API, not a backend";
+    let elsewhere = Server::start_with(&Site::new(), |serve| {
+        serve.env("STACYVM_PROVIDERS_DEFAULT", "mock").env("STACYVM_AUTH_API_KEY", KEY);
+    })
+    .await;
+    for base in ["", "/api/v1"] {
+        let server = Server::start_with(&Site::new(), |serve| {
+            serve.env("STACYVM_PROVIDERS_DEFAULT", "custom").env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
+            serve.env("STACYVM_PROVIDERS_CUSTOM_BASE_URL", format!("{}{base}", elsewhere.url));
+        })
+        .await;
+        let ran = server.run(&["providers", "custom"]).await.says(SAID).says("stacyvm backend serve");
+        assert!(!ran.stdout().contains("404"), "{ran}");
+        server.run(&["run", "--", "true"]).await.failed(125).says(SAID).says("stacyvm backend serve");
+    }
+}
+
+/// The shell of somebody who uses a backend has these variables set.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_does_not_serve_a_backend() {
+    let site = Site::new();
+    let file = site.home().join("custom.yaml");
+    fs::write(&file, "providers:\n  default: edge\n  custom: {name: edge, base_url: \"http://127.0.0.1:7425\"}\n")
+        .expect("writable");
+    let serve = ["backend", "serve", "--listen", "127.0.0.1:0"];
+    let by_file = [&serve[..], &["--config", file.to_str().expect("text")]].concat();
+    let by_name = [&serve[..], &["--provider", "custom"]].concat();
+    for (arguments, default, whence) in [
+        (serve.to_vec(), Some("custom"), "STACYVM_PROVIDERS_DEFAULT"),
+        (by_file, None, "the default provider"),
+        (by_name, None, "--provider"),
+    ] {
+        let ran = site.run_with(&arguments, |command| {
+            command.env("STACYVM_PROVIDERS_CUSTOM_BASE_URL", "http://127.0.0.1:7425");
+            command.envs(default.map(|name| ("STACYVM_PROVIDERS_DEFAULT", name)));
+        });
+        let ran = ran.await.failed(1).says(whence).says("would serve itself");
+        assert!(ran.stderr().contains("--provider oci"), "{ran}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_provider_custom_without_an_address_says_where_to_write_it() {
+    let site = Site::new();
+    let file = site.home().join("enabled.yaml");
+    fs::write(&file, "providers:\n  custom: {enabled: true}\n").expect("writable");
+    let by_file = ["serve", "--config", file.to_str().expect("text")];
+    for (arguments, default) in [(&["serve"][..], "custom"), (&by_file[..], "mock")] {
+        let ran = site.run_with(arguments, |command| {
+            command.env("STACYVM_PROVIDERS_DEFAULT", default);
+        });
+        let ran = ran.await;
+        assert!(ran.status() != Some(0), "{ran}");
+        for word in ["providers.custom.base_url", "STACYVM_PROVIDERS_CUSTOM_BASE_URL"] {
+            assert!(ran.stderr().contains(word), "{ran}");
+        }
+    }
 }

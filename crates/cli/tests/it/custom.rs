@@ -78,6 +78,19 @@ async fn commands_run_where_there_is_no_input() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_provider_can_and_lacks_is_shown() {
+    let example = Example::start();
+    let server = example.server().await;
+    let page = server.run(&["providers", "custom"]).await.ok().says("  capabilities: spawn, ");
+    assert!(page.stdout().contains("lacks: text_only (output and files are text)\n"), "{page}");
+    let shown: Value = server.run(&["providers", "custom", "--json"]).await.json();
+    for name in ["capabilities", "shortfalls"] {
+        assert_eq!(shown[name], shown["health"][name], "{shown}");
+        assert!(!shown[name].as_array().expect("a list").is_empty(), "{shown}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_shell_says_that_there_are_no_terminals() {
     let example = Example::start();
     let server = example.server().await;

@@ -34,6 +34,33 @@ async fn a_root_is_made_and_commands_run_in_it() {
     assert!(!kept.stdout().contains("running"), "{kept}");
 }
 
+/// What the operator's settings bound is shown, and said where it ends a
+/// command.
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_in_force_are_shown_and_named() {
+    let site = Site::with_image();
+    let server = Server::start_with(&site, |serve| {
+        serve.arg("--destroy-on-exit").env("STACYVM_PROVIDERS_DEFAULT", "proot");
+        serve.env("STACYVM_PROVIDERS_PROOT_MAX_MEMORY_MB", "200").env("STACYVM_PROVIDERS_PROOT_MAX_DISK_MB", "24");
+    })
+    .await;
+    let id = server.run(&["spawn", "--image", "alpine:latest"]).await.ok().stdout().trim().to_owned();
+    let shown: Value = server.run(&["inspect", &id, "--json"]).await.json();
+    assert_eq!((&shown["memory_mb"], &shown["disk_size_mb"]), (&200.into(), &24.into()), "{shown}");
+    let enforced = shown["limits"]["enforced"].as_array().expect("a list");
+    assert!(enforced.contains(&"disk".into()) && enforced.contains(&"memory".into()), "{shown}");
+    let page = server.run(&["inspect", &id]).await.ok();
+    assert!(page.stdout().lines().any(|line| line.starts_with("disk") && line.contains("24")), "{page}");
+
+    // One file by the kernel, many by the watcher.
+    let one = "dd if=/dev/zero of=/workspace/big bs=1M count=60";
+    server.run(&["exec", &id, "--", "sh", "-c", one]).await.says("SANDBOX_DISK_FULL");
+    let many = "rm /workspace/big; for i in $(seq 40); do dd if=/dev/zero of=/workspace/f$i bs=1M count=1; done; \
+                while true; do sleep 0.1; done";
+    let ran = server.run(&["exec", &id, "--", "sh", "-c", many]).await.says("SANDBOX_DISK_FULL");
+    assert_eq!(ran.status(), Some(137), "{ran}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn without_namespaces_a_key_is_needed() {
     let site = Site::with_image();

@@ -1,7 +1,7 @@
 //! Starting, finding and steering commands.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use stacyvm_sandbox::{
     TerminalSize,
 };
 
-use super::command::Command;
+use super::command::{Command, Kills};
 use super::follow::{Follow, Follower};
 use super::policy::{self, Resolved, TimeLimits, signal_number};
 use super::{ExecEvent, ExecPage, OutputChannel, RunningExec, StartOptions};
@@ -75,7 +75,7 @@ impl Shared {
         start.tag = Some(exec_id.to_string());
         let (terminal, deadline) = (start.terminal.is_some(), start.deadline);
         let (started_at, started) = (self.now(), Instant::now());
-        let oom_kills_before = record.oom_kills.load(Ordering::Relaxed);
+        let kills_before = record.kills();
         let (pid, inner) =
             within("start of the command", START_TIMEOUT, async { first_event(session.start(start).await?).await })
                 .await?;
@@ -89,7 +89,7 @@ impl Shared {
             deadline,
             operation,
             caller: caller.clone(),
-            oom_kills_before,
+            kills_before,
             followers: AtomicUsize::new(0),
             output: Mutex::default(),
             end: OnceLock::new(),
@@ -318,7 +318,7 @@ impl Shared {
             started: None,
             operation: "exec_stream",
             caller: Caller::default(),
-            oom_kills_before: u64::MAX,
+            kills_before: Kills::UNKNOWN,
             followers: AtomicUsize::new(0),
             output: Mutex::default(),
             end: OnceLock::new(),

@@ -1,12 +1,12 @@
 //! What is known of one command, and how its end is found out and recorded.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use stacyvm_api::{ErrorCode, EventKind, ExecId, ProcessStatus, Timestamp};
-use stacyvm_sandbox::{Exit, SessionError};
+use stacyvm_sandbox::{Exit, ResourceUsage, SessionError};
 
 use super::ExecExit;
 use crate::record::Record;
@@ -18,7 +18,9 @@ use crate::{Caller, EngineError};
 const USAGE_TIMEOUT: Duration = Duration::from_secs(1);
 const SIGKILL: i32 = 9;
 /// Status of a shell whose child was killed.
-const SHELL_SIGKILL: i32 = 128 + SIGKILL;
+const SHELL_SIGKILL: i32 = SHELL_SIGNAL_BASE + SIGKILL;
+const SHELL_SIGNAL_BASE: i32 = 128;
+const SIGXFSZ: i32 = 25;
 
 #[derive(Debug)]
 pub(crate) struct Command {
@@ -34,8 +36,8 @@ pub(crate) struct Command {
     /// `exec`, or `exec_stream` where the caller reads along.
     pub(crate) operation: &'static str,
     pub(crate) caller: Caller,
-    /// Memory kills that were known of when it began.
-    pub(crate) oom_kills_before: u64,
+    /// Kills by limits that were known of when it began.
+    pub(crate) kills_before: Kills,
     /// Who reads along and would see its end.
     pub(crate) followers: AtomicUsize,
     pub(crate) output: Mutex<Vec<u8>>,
@@ -47,6 +49,33 @@ pub(crate) enum End {
     Exited(ExecExit),
     /// Nobody saw it: the sandbox went away first.
     Lost,
+}
+
+/// Times something in a sandbox was killed by a limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Kills {
+    memory: u64,
+    pids: u64,
+    disk: u64,
+}
+
+impl Kills {
+    /// Of a command that began before anybody counted: no kill is its own.
+    pub(crate) const UNKNOWN: Self = Self { memory: u64::MAX, pids: u64::MAX, disk: u64::MAX };
+
+    fn of(usage: &ResourceUsage) -> Self {
+        Self { memory: usage.oom_kills, pids: usage.pids_kills, disk: usage.disk_kills }
+    }
+
+    /// Readings may come out of order; counters only grow.
+    pub(crate) fn or_later(self, other: Self) -> Self {
+        Self { memory: self.memory.max(other.memory), pids: self.pids.max(other.pids), disk: self.disk.max(other.disk) }
+    }
+}
+
+/// Whether a file became longer than the kernel lets it be (`RLIMIT_FSIZE`).
+fn is_file_limit(exit: Exit) -> bool {
+    exit.signal == Some(SIGXFSZ) || exit.code == Some(SHELL_SIGNAL_BASE + SIGXFSZ)
 }
 
 impl Command {
@@ -77,7 +106,7 @@ impl Command {
             deadline,
             operation: "exec_stream",
             caller: Caller::default(),
-            oom_kills_before: u64::MAX,
+            kills_before: Kills::UNKNOWN,
             followers: AtomicUsize::new(0),
             output: Mutex::new(row.output.clone().unwrap_or_default()),
             end: end.map(OnceLock::from).unwrap_or_default(),
@@ -135,8 +164,8 @@ impl Shared {
         let killed = exit.signal == Some(SIGKILL) || exit.code == Some(SHELL_SIGKILL);
         let error = if exit.timed_out {
             Some(ErrorCode::Timeout)
-        } else if killed && self.was_oom_killed(record, command).await {
-            Some(ErrorCode::SandboxOom)
+        } else if killed || is_file_limit(exit) {
+            self.limit_that_killed(record, command, exit).await
         } else {
             None
         };
@@ -193,20 +222,30 @@ impl Shared {
         self.emit_failure(record, kind, operation, error);
     }
 
-    /// What the sandbox's kill counter is when this process first sees it.
-    pub(crate) async fn note_oom_kills(&self, record: &Record) {
+    /// What the sandbox's kill counters are when this process first sees it.
+    pub(crate) async fn note_kills(&self, record: &Record) {
         if let Ok(Ok(usage)) = tokio::time::timeout(USAGE_TIMEOUT, record.provider.usage(&record.id)).await {
-            record.oom_kills.store(usage.oom_kills, Ordering::Relaxed);
+            record.saw_kills(Kills::of(&usage));
         }
     }
 
-    async fn was_oom_killed(&self, record: &Record, command: &Command) -> bool {
-        match tokio::time::timeout(USAGE_TIMEOUT, record.provider.usage(&record.id)).await {
-            Ok(Ok(usage)) => {
-                record.oom_kills.fetch_max(usage.oom_kills, Ordering::Relaxed);
-                usage.oom_kills > command.oom_kills_before
-            }
-            Ok(Err(_)) | Err(_) => false,
+    /// Why a command was killed, if it was by a limit of its sandbox.
+    async fn limit_that_killed(&self, record: &Record, command: &Command, exit: Exit) -> Option<ErrorCode> {
+        let usage = tokio::time::timeout(USAGE_TIMEOUT, record.provider.usage(&record.id)).await.ok()?.ok()?;
+        let (before, now) = (command.kills_before, Kills::of(&usage));
+        record.saw_kills(now);
+        // A command may bound its own files, on a disk that has room.
+        let is_full = || usage.disk_limit_bytes > 0 && usage.disk_bytes >= Some(usage.disk_limit_bytes);
+        if is_file_limit(exit) {
+            is_full().then_some(ErrorCode::SandboxDiskFull)
+        } else if now.memory > before.memory {
+            Some(ErrorCode::SandboxOom)
+        } else if now.disk > before.disk {
+            Some(ErrorCode::SandboxDiskFull)
+        } else if now.pids > before.pids {
+            Some(ErrorCode::SandboxPidsExhausted)
+        } else {
+            None
         }
     }
 
@@ -226,6 +265,8 @@ impl Shared {
             Some((Some(ErrorCode::Timeout), timeout)) => {
                 Some(EngineError::ExecTimeout { timeout: timeout.unwrap_or_default(), partial: Box::default() })
             }
+            Some((Some(ErrorCode::SandboxDiskFull), _)) => Some(EngineError::Session(SessionError::DiskFull)),
+            Some((Some(ErrorCode::SandboxPidsExhausted), _)) => Some(EngineError::Session(SessionError::PidsExhausted)),
             Some((Some(_), _)) => Some(EngineError::Session(SessionError::MemoryExhausted)),
             Some((None, _)) => None,
         };

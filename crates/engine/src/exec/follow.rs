@@ -22,9 +22,12 @@ use crate::shared::Shared;
 const DEADLINE_GRACE: Duration = Duration::from_secs(15);
 /// Longest wait for an answer that is not output.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// A broken stream is taken up again this often before it counts as lost.
+/// A broken stream is taken up again this often, in vain, before it counts as
+/// lost, or whoever reads along hears that the sandbox is away.
 const REATTACH_MAX: u32 = 3;
 const REATTACH_PAUSE: Duration = Duration::from_millis(200);
+/// Between two tries of who has nobody to tell.
+const AWAY_PAUSE: Duration = Duration::from_secs(2);
 const SIGKILL: i32 = 9;
 
 pub(super) struct Follower {
@@ -35,7 +38,10 @@ pub(super) struct Follower {
     inner: ProcessStream,
     /// Bytes of output seen.
     offset: u64,
-    reattached: u32,
+    /// Streams in a row that broke without a word.
+    fruitless: u32,
+    /// Tries in a row that nobody answered.
+    unanswered: u32,
     /// When the command is overdue.
     overdue_at: Option<Instant>,
     phase: Phase,
@@ -48,6 +54,8 @@ enum Phase {
     Following,
     /// It ended; that is to be recorded and told.
     Ending(Exit),
+    /// Nobody answers, and the caller was told; the command goes on.
+    Away,
     Done,
 }
 
@@ -74,7 +82,8 @@ impl Follower {
             session,
             inner,
             offset,
-            reattached: 0,
+            fruitless: 0,
+            unanswered: 0,
             overdue_at,
             phase: Phase::Following,
             draining: false,
@@ -99,7 +108,7 @@ impl Follower {
     async fn next(&mut self) -> Option<Result<ExecEvent, EngineError>> {
         loop {
             match self.phase {
-                Phase::Done => return None,
+                Phase::Away | Phase::Done => return None,
                 Phase::Ending(exit) => {
                     let exit = self.shared.finish_command(&self.record, &self.command, exit).await;
                     self.done();
@@ -110,7 +119,7 @@ impl Follower {
             let event = tokio::select! {
                 biased;
                 event = self.inner.next() => event,
-                () = self.record.ended.cancelled() => return Some(Err(self.lose(EngineError::Session(SessionError::Gone)))),
+                () = self.record.ended.cancelled() => return Some(Err(self.lose(SessionError::Gone))),
                 () = at(self.overdue_at) => {
                     self.kill_overdue().await;
                     continue;
@@ -123,14 +132,13 @@ impl Follower {
                     }
                 }
                 Some(Err(error)) => {
-                    if let Err(error) = self.reattach(error.into()).await {
-                        return Some(Err(self.lose(error)));
+                    if let Err(error) = self.reattach(error).await {
+                        return Some(Err(error));
                     }
                 }
                 None => {
-                    let error = EngineError::Session(SessionError::Unavailable(None));
-                    if let Err(error) = self.reattach(error).await {
-                        return Some(Err(self.lose(error)));
+                    if let Err(error) = self.reattach(SessionError::Unavailable(None)).await {
+                        return Some(Err(error));
                     }
                 }
             }
@@ -138,6 +146,9 @@ impl Follower {
     }
 
     fn take(&mut self, event: ProcessEvent) -> Option<ExecEvent> {
+        if !matches!(event, ProcessEvent::Started { .. }) {
+            self.fruitless = 0;
+        }
         let (channel, data) = match event {
             ProcessEvent::Started { .. } => return None,
             ProcessEvent::Stdout(data) => (OutputChannel::Stdout, data),
@@ -159,23 +170,40 @@ impl Follower {
     }
 
     /// A broken stream says nothing about the command: the agent still has it.
-    async fn reattach(&mut self, error: EngineError) -> Result<(), EngineError> {
-        let gone = matches!(
-            error,
-            EngineError::Session(SessionError::Gone | SessionError::ProcessNotFound(_) | SessionError::Unsupported(_))
-        );
-        if gone || self.reattached == REATTACH_MAX || self.record.ended.is_cancelled() {
-            return Err(error);
+    async fn reattach(&mut self, error: SessionError) -> Result<(), EngineError> {
+        let is_away = match &error {
+            SessionError::Gone | SessionError::ProcessNotFound(_) | SessionError::Unsupported(_) => {
+                return Err(self.lose(error));
+            }
+            SessionError::Unavailable(_) => true,
+            _ => false,
+        };
+        if self.fruitless == REATTACH_MAX || self.record.ended.is_cancelled() {
+            return Err(self.lose(error));
         }
-        self.reattached += 1;
-        tokio::time::sleep(REATTACH_PAUSE).await;
+        let patient = self.unanswered < REATTACH_MAX;
+        match (patient, is_away, self.draining) {
+            (true, ..) | (_, true, true) => {}
+            (_, true, false) => {
+                self.phase = Phase::Away;
+                return Err(error.into());
+            }
+            (_, false, _) => return Err(self.lose(error)),
+        }
+        tokio::time::sleep(if patient { REATTACH_PAUSE } else { AWAY_PAUSE }).await;
         let process = ProcessSelector::Tag(self.command.exec_id.to_string());
         let attach = self.session.attach(AttachRequest { process, offset: self.offset });
         match tokio::time::timeout(CALL_TIMEOUT, attach).await {
-            Ok(Ok(stream)) => self.inner = stream,
-            Ok(Err(SessionError::ProcessNotFound(_))) => return Err(error),
+            Ok(Ok(stream)) => {
+                (self.fruitless, self.unanswered) = (self.fruitless + 1, 0);
+                self.inner = stream;
+            }
+            Ok(Err(SessionError::ProcessNotFound(_))) => return Err(self.lose(error)),
             // Tried again by the next turn, with an empty stream.
-            Ok(Err(_)) | Err(_) => self.inner = Box::pin(stream::empty()),
+            Ok(Err(_)) | Err(_) => {
+                self.unanswered += 1;
+                self.inner = Box::pin(stream::empty());
+            }
         }
         Ok(())
     }
@@ -190,10 +218,10 @@ impl Follower {
         self.phase = Phase::Ending(Exit { code: None, signal: Some(SIGKILL), timed_out: true });
     }
 
-    fn lose(&mut self, error: EngineError) -> EngineError {
+    fn lose(&mut self, error: SessionError) -> EngineError {
         self.shared.lose_command(&self.record, &self.command);
         self.done();
-        error
+        error.into()
     }
 
     fn done(&mut self) {
@@ -221,7 +249,8 @@ impl Drop for Follower {
             inner,
             offset: self.offset,
         });
-        follower.phase = self.phase;
+        // Where nobody answered, it goes on asking.
+        follower.phase = if self.phase == Phase::Away { Phase::Following } else { self.phase };
         if self.shared.stop.is_cancelled() {
             // A crash, or the end of the server: nobody reads on.
             follower.phase = Phase::Done;

@@ -18,7 +18,7 @@ use stacyvm_sandbox::TerminalSize;
 
 use crate::EngineError;
 
-pub(crate) use command::Command;
+pub(crate) use command::{Command, Kills};
 
 /// How to start a command beyond what its request says.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -91,8 +91,8 @@ pub struct ExecExit {
     /// The exit status, or 128 + N for a command ended by signal N.
     pub exit_code: i32,
     pub signal: Option<i32>,
-    /// `TIMEOUT` or `SANDBOX_OOM` when something other than the command itself
-    /// ended it.
+    /// `TIMEOUT`, `SANDBOX_OOM`, `SANDBOX_DISK_FULL` or `SANDBOX_PIDS_EXHAUSTED`
+    /// when something other than the command itself ended it.
     pub error: Option<ErrorCode>,
     /// The deadline that killed it, with `TIMEOUT`.
     pub timeout: Option<Duration>,

@@ -146,6 +146,13 @@ async fn memory_and_process_limits_are_told_apart() {
     assert_eq!((starved.stdout.as_str(), starved.error), ("x\n", Some(ErrorCode::SandboxOom)));
     // The kill before is not this command's.
     assert_eq!(run(&engine, &id, "kill -9 $$").await.error, None);
+    for (program, error) in
+        [("mock-disk-full", ErrorCode::SandboxDiskFull), ("mock-pids", ErrorCode::SandboxPidsExhausted)]
+    {
+        let killed = run(&engine, &id, program).await;
+        assert_eq!((killed.exit_code, killed.error), (137, Some(error)), "{program}");
+        assert_eq!(run(&engine, &id, "kill -9 $$").await.error, None);
+    }
     host.mock.exhaust_pids(&id, Exhausted::Yes);
     let refused = engine.exec(&caller(), &id, sh("true")).await.unwrap_err();
     assert_eq!(refused.code(), ErrorCode::SandboxPidsExhausted);

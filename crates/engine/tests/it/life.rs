@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use stacyvm_api::{CreateRequest, Disk, ErrorCode, ExecRequest, ListQuery, NetworkMode, NetworkRequest, SandboxState};
+use stacyvm_api::{
+    CreateRequest, Disk, ErrorCode, ExecRequest, Limit, ListQuery, NetworkMode, NetworkRequest, SandboxState,
+};
 use stacyvm_engine::{Caller, CreateOptions, Destroyed, EngineError, FileOperation, FileOperationKind};
 use stacyvm_providers::mock::{Exhausted, Fault, MockOperation, Times};
 use stacyvm_sandbox::{SessionError, WriteOptions};
@@ -21,7 +23,8 @@ async fn a_sandbox_lives_from_create_to_destroy() {
     assert_eq!((sandbox.provider.as_str(), sandbox.image.as_str()), ("mock", "alpine:latest"));
     assert_eq!((sandbox.memory_mb, sandbox.worker_id.as_deref()), (1024, Some("local")));
     assert_eq!(sandbox.expires_at.since(sandbox.created_at), Duration::from_mins(30));
-    assert!(!sandbox.limits.as_ref().unwrap().enforced.is_empty());
+    let limits = sandbox.limits.as_ref().unwrap();
+    assert!(limits.enforced.is_empty() && limits.unenforced.contains(&Limit::Memory), "{limits:?}");
     assert_eq!(engine.get(&caller(), &sandbox.id).unwrap(), sandbox);
 
     let result = run(&engine, &sandbox.id, "echo hello; echo oops >&2; exit 3").await;

@@ -11,7 +11,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use reqwest::Response;
-use stacyvm_api::backend::{ExecRequest, ExecResult, Feature, StreamLine};
+use stacyvm_api::backend::{Code, ExecRequest, ExecResult, Failure, Feature, StreamLine};
 use stacyvm_sandbox::{Exit, ProcessStream, SessionError, StartRequest};
 
 use super::error::{About, CallError};
@@ -103,7 +103,7 @@ impl BackendSession {
                 });
                 return Ok(true);
             }
-            "error" => return Err(CallError::Refused { status: 500, code: line.code }),
+            "error" => return Err(self.told(line)),
             "dropped" => {
                 let bytes = line.bytes.unwrap_or(0);
                 if bytes > DROPPED_BYTES_MAX {
@@ -123,6 +123,13 @@ impl BackendSession {
         };
         self.inside.emit(process, channel, data).await;
         Ok(false)
+    }
+
+    /// The failure that ends a stream.
+    pub(super) fn told(&self, line: StreamLine) -> CallError {
+        let message = line.message.unwrap_or_default();
+        let failure = Failure { code: line.code.unwrap_or(Code::Unknown), message, hint: None };
+        CallError::Refused { status: 500, code: line.code, said: self.http.said(&failure) }
     }
 
     fn exec_whole(&self, request: &StartRequest, body: &ExecRequest) -> ProcessStream {
@@ -201,7 +208,6 @@ pub(super) fn patience(deadline: Option<Duration>) -> Option<Duration> {
 }
 
 pub(super) fn start_failure(error: CallError, request: &StartRequest) -> SessionError {
-    use stacyvm_api::backend::Code;
     let about = match (&error, &request.user, request.argv.first()) {
         (CallError::Refused { code: Some(Code::UserNotFound), .. }, Some(user), _) => About::User(user),
         (_, _, Some(program)) => About::Command(program),

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use super::CustomProvider;
 use super::error::CallError;
+use super::stranger;
 
 /// Health is asked for often; a backend that needs longer is not healthy.
 const STEP_TIME_MAX: Duration = Duration::from_secs(5);
@@ -60,12 +61,16 @@ async fn reach(provider: &CustomProvider, report: &mut HealthReport) -> Option<(
 async fn answers(provider: &CustomProvider, report: &mut HealthReport) -> Option<()> {
     let asked = timeout(STEP_TIME_MAX, provider.http.done(provider.http.get(&["health"], &[]))).await;
     match asked.unwrap_or(Err(CallError::TimedOut(STEP_TIME_MAX))) {
+        Ok(()) if stranger::is_inside_api(&provider.http) && stranger::is_server(&provider.http).await => {
+            report.fail("backend_protocol", stranger::SERVER, advice(provider));
+            None
+        }
         Ok(()) => {
             report.ok("backend_health", "the backend says that it is healthy");
             Some(())
         }
         Err(error) => {
-            refused(provider, report, "backend_health", &error);
+            refused(provider, report, "backend_health", &error).await;
             None
         }
     }
@@ -77,22 +82,40 @@ async fn understands(provider: &CustomProvider, report: &mut HealthReport) {
     let status = provider.http.json::<Status>(provider.http.get(&["status", probe.as_str()], &[]));
     match timeout(STEP_TIME_MAX, status).await.unwrap_or(Err(CallError::TimedOut(STEP_TIME_MAX))) {
         Ok(_) | Err(CallError::Refused { status: 404 | 410, .. }) => report.ok("backend_key", "calls are accepted"),
-        Err(error) => return refused(provider, report, "backend_key", &error),
+        Err(error) => return refused(provider, report, "backend_key", &error).await,
     }
     match timeout(STEP_TIME_MAX, provider.discover()).await.unwrap_or(Err(CallError::TimedOut(STEP_TIME_MAX))) {
         Ok(offered) if offered.has(Feature::Agent) => {
             report.ok("backend_protocol", "sandboxes there can do what sandboxes here can");
         }
+        Ok(offered) if offered.features.is_empty() => {
+            let message =
+                "it has none of the protocol's extensions; whether it is a backend shows at the first sandbox";
+            report.ok("backend_protocol", message);
+        }
         Ok(offered) => {
             let message = format!("it has {} of the protocol's extensions", offered.features.len());
             report.ok("backend_protocol", message);
         }
-        Err(error) => refused(provider, report, "backend_protocol", &error),
+        Err(error) => refused(provider, report, "backend_protocol", &error).await,
     }
 }
 
-fn refused(provider: &CustomProvider, report: &mut HealthReport, name: &str, error: &CallError) {
+fn advice(provider: &CustomProvider) -> String {
+    stranger::advice(&format!("base_url in {}", section(provider)))
+}
+
+async fn refused(provider: &CustomProvider, report: &mut HealthReport, name: &str, error: &CallError) {
+    if stranger::is_likely(error) && stranger::is_server(&provider.http).await {
+        return report.fail("backend_protocol", stranger::SERVER, advice(provider));
+    }
     let section = section(provider);
+    if name == "backend_health"
+        && let CallError::Refused { status: status @ (404 | 405 | 410), .. } = error
+    {
+        let message = format!("what answers is not a backend: there is no GET /health (HTTP {status})");
+        return report.fail("backend_protocol", message, advice(provider));
+    }
     let fix = match error {
         CallError::Refused { status: 401 | 403, .. } if provider.options.api_key.is_none() => {
             format!("the backend wants a key: set api_key_file in {section}")
@@ -100,6 +123,7 @@ fn refused(provider: &CustomProvider, report: &mut HealthReport, name: &str, err
         CallError::Refused { status: 401 | 403, .. } => {
             format!("set api_key or api_key_file in {section} to the backend's own key")
         }
+        CallError::Refused { said: Some(said), .. } if said.hint.is_some() => said.hint.clone().unwrap_or_default(),
         CallError::Refused { .. } => "look at the backend's own log".to_owned(),
         CallError::Garbage(_) => format!("check that base_url in {section} is a backend's address"),
         CallError::Unreachable(_) => format!("check the certificate and the scheme of base_url in {section}"),

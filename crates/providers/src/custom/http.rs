@@ -1,7 +1,8 @@
 //! Calls to a backend: where they go, how long and how large they may be.
 
 use std::io;
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -13,7 +14,7 @@ use serde::de::DeserializeOwned;
 use stacyvm_api::backend::{Failure, KEY_HEADER, STREAM_PROTOCOL};
 use tokio::time::timeout;
 
-use super::error::CallError;
+use super::error::{CallError, Said};
 
 /// One answer that is kept in memory, at most.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -43,6 +44,8 @@ pub(super) struct Http {
     base: Url,
     /// For answers, and for the beginning of streams.
     limit: Duration,
+    /// Whether the backend says that its failures are for callers.
+    speaks: Arc<AtomicBool>,
 }
 
 impl Http {
@@ -69,7 +72,8 @@ impl Http {
             .no_proxy()
             // Connections are upgraded, which HTTP/2 does differently.
             .http1_only();
-        Ok(Self { client: builder.build().map_err(AddressError::Client)?, base, limit })
+        let client = builder.build().map_err(AddressError::Client)?;
+        Ok(Self { client, base, limit, speaks: Arc::default() })
     }
 
     pub(super) fn base(&self) -> &Url {
@@ -78,6 +82,16 @@ impl Http {
 
     pub(super) fn limit(&self) -> Duration {
         self.limit
+    }
+
+    /// Whether words of failures are kept from now on, for all that share this.
+    pub(super) fn set_speaks(&self, speaks: bool) {
+        self.speaks.store(speaks, Ordering::Relaxed);
+    }
+
+    /// What a failure says to callers, from a backend that may speak to them.
+    pub(super) fn said(&self, failure: &Failure) -> Option<Box<Said>> {
+        if self.speaks.load(Ordering::Relaxed) { Said::of(failure) } else { None }
     }
 
     /// A request to a path below the base; each segment is encoded.
@@ -104,12 +118,12 @@ impl Http {
 
     /// The beginning of a successful answer. What follows has no time limit.
     pub(super) async fn begin(&self, request: RequestBuilder) -> Result<Response, CallError> {
-        self.within(self.limit, head(request)).await
+        self.within(self.limit, self.head(request)).await
     }
 
     /// As [`Http::begin`] where the answer only comes when something ended.
     pub(super) async fn begin_unbounded(&self, request: RequestBuilder) -> Result<Response, CallError> {
-        head(request).await
+        self.head(request).await
     }
 
     /// A whole answer.
@@ -122,13 +136,13 @@ impl Http {
         limit: Duration,
         request: RequestBuilder,
     ) -> Result<T, CallError> {
-        let body = self.within(limit, async { whole(head(request).await?, ANSWER_BYTES_MAX).await }).await?;
+        let body = self.within(limit, async { whole(self.head(request).await?, ANSWER_BYTES_MAX).await }).await?;
         parse_json(&body)
     }
 
     /// A call of which only the success counts.
     pub(super) async fn done(&self, request: RequestBuilder) -> Result<(), CallError> {
-        self.within(self.limit, head(request)).await.map(drop)
+        self.within(self.limit, self.head(request)).await.map(drop)
     }
 
     /// A connection that carries plain bytes from here on.
@@ -142,7 +156,7 @@ impl Http {
 
     pub(super) async fn upgrade(&self, request: RequestBuilder) -> Result<(reqwest::Upgraded, HeaderMap), CallError> {
         self.within(self.limit, async {
-            let response = head(request).await?;
+            let response = self.head(request).await?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 return Err(CallError::Garbage("the connection was not upgraded"));
             }
@@ -150,6 +164,21 @@ impl Http {
             Ok((response.upgrade().await.map_err(broken)?, headers))
         })
         .await
+    }
+
+    async fn head(&self, request: RequestBuilder) -> Result<Response, CallError> {
+        let response = request.send().await.map_err(broken)?;
+        let status = response.status();
+        if status.is_redirection() {
+            return Err(CallError::Garbage("it is a redirect"));
+        }
+        if !status.is_client_error() && !status.is_server_error() {
+            return Ok(response);
+        }
+        let body = whole(response, FAILURE_BYTES_MAX).await.unwrap_or_default();
+        let failure = serde_json::from_slice::<Failure>(&body).ok();
+        let said = failure.as_ref().and_then(|failure| self.said(failure));
+        Err(CallError::Refused { status: status.as_u16(), code: failure.map(|failure| failure.code), said })
     }
 
     async fn within<T>(
@@ -174,20 +203,6 @@ pub(super) async fn whole_json<T: DeserializeOwned>(response: Response) -> Resul
 fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, CallError> {
     // The parser's message would quote the body.
     serde_json::from_slice(body).map_err(|_| CallError::Garbage("it is not the JSON that was expected"))
-}
-
-async fn head(request: RequestBuilder) -> Result<Response, CallError> {
-    let response = request.send().await.map_err(broken)?;
-    let status = response.status();
-    if status.is_redirection() {
-        return Err(CallError::Garbage("it is a redirect"));
-    }
-    if !status.is_client_error() && !status.is_server_error() {
-        return Ok(response);
-    }
-    let body = whole(response, FAILURE_BYTES_MAX).await.unwrap_or_default();
-    let code = serde_json::from_slice::<Failure>(&body).ok().map(|failure| failure.code);
-    Err(CallError::Refused { status: status.as_u16(), code })
 }
 
 async fn whole(response: Response, most: usize) -> Result<Bytes, CallError> {

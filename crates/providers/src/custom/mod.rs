@@ -8,7 +8,8 @@
 //! protocol. What a backend cannot do is `Unsupported`, never pretended.
 //!
 //! A backend is not trusted: answers, lines and files have limits, calls have
-//! deadlines, and its texts reach neither callers nor logs.
+//! deadlines, and its texts reach neither callers nor logs, except for failures
+//! of one that says they are for callers ([`Feature::Errors`]).
 
 mod error;
 mod exec;
@@ -18,6 +19,7 @@ mod inside;
 mod lines;
 mod registry;
 mod session;
+mod stranger;
 mod terminal;
 mod tunnel;
 
@@ -147,6 +149,7 @@ impl CustomProvider {
             Err(CallError::Refused { status: 404 | 405 | 501, .. }) => backend::Capabilities::default(),
             Err(error) => return Err(error),
         };
+        self.http.set_speaks(said.features.contains(&Feature::Errors));
         let features = said.features.iter().copied().filter(|it| *it != Feature::Unknown).collect();
         let offered = Arc::new(Offered { features: Arc::new(features), said });
         *self.offered.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&offered));
@@ -165,7 +168,30 @@ impl CustomProvider {
     }
 
     async fn offered_for(&self, id: &SandboxId, operation: &'static str) -> Result<Arc<Offered>, ProviderError> {
-        self.offered().await.map_err(|error| error.of_provider(self.name(), id, None, operation))
+        match self.offered().await {
+            Ok(offered) => Ok(offered),
+            Err(error) if stranger::is_likely(&error) => {
+                Err(self.strange(error, id, "GET /capabilities", operation).await)
+            }
+            Err(error) => Err(error.of_provider(self.name(), id, None, operation)),
+        }
+    }
+
+    /// A failure of what may be no backend.
+    async fn strange(&self, error: CallError, id: &SandboxId, route: &str, operation: &'static str) -> ProviderError {
+        let message = match &error {
+            _ if stranger::is_server(&self.http).await => stranger::SERVER.to_owned(),
+            CallError::Refused { status: status @ (404 | 405 | 410), .. } => {
+                format!("what answers at its address is not a backend: there is no {route} (HTTP {status})")
+            }
+            _ => return error.of_provider(self.name(), id, None, operation),
+        };
+        ProviderError::Unavailable {
+            provider: self.name().to_owned(),
+            message,
+            hint: Some(stranger::advice("base_url in providers.custom")),
+            cause: Some(error.into()),
+        }
     }
 
     fn inside(&self, id: &SandboxId) -> Arc<Inside> {
@@ -369,16 +395,11 @@ impl Provider for CustomProvider {
         let request = self.spawn_request(id, spec, &offered)?;
         let spawned = match self.order(id, &request).await {
             Ok(spawned) => spawned,
-            Err(CallError::Refused { status: status @ (404 | 410), code: None }) => {
-                return Err(ProviderError::Unavailable {
-                    provider: self.name().to_owned(),
-                    message: format!("there is no POST /spawn at its address (HTTP {status})"),
-                    hint: Some("set providers.custom.base_url to a backend's address".to_owned()),
-                    cause: None,
-                });
-            }
             Err(error @ CallError::Garbage(_)) if !offered.has(Feature::Spec) => {
                 return Err(ProviderError::Failed { operation: UNNAMED, cause: error.into() });
+            }
+            Err(error) if stranger::is_likely(&error) => {
+                return Err(self.strange(error, id, "POST /spawn", OPERATION).await);
             }
             Err(error) => return Err(error.of_provider(self.name(), id, Some(&spec.image), OPERATION)),
         };
@@ -500,6 +521,8 @@ impl Provider for CustomProvider {
             pids_limit: stats.pids_limit,
             oom_kills: stats.oom_kills,
             pids_refused: stats.pids_refused,
+            pids_kills: stats.pids_kills,
+            disk_kills: stats.disk_kills,
             disk_bytes: stats.disk_bytes,
             disk_limit_bytes: stats.disk_limit_bytes,
         })

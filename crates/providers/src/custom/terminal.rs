@@ -88,7 +88,7 @@ impl BackendSession {
                 let line = parse(text.as_bytes())?;
                 return match line.stream.as_str() {
                     "started" => Ok(()),
-                    "error" => Err(CallError::Refused { status: 500, code: line.code }),
+                    "error" => Err(self.told(line)),
                     _ => Err(CallError::Garbage("a terminal does not begin with `started`")),
                 };
             }

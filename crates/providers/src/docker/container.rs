@@ -240,7 +240,12 @@ fn report(facts: &Facts, promise: Promise, bound_disk: bool) -> LimitReport {
     ];
     let of = |wanted: bool| limits.iter().filter(|(_, held)| *held == wanted).map(|(limit, _)| *limit).collect();
     let disk_backend = if bound_disk { "storage_opt" } else { "none" };
-    LimitReport { enforced: of(true), unenforced: of(false), disk_backend: Some(disk_backend.to_owned()) }
+    LimitReport {
+        enforced: of(true),
+        unenforced: of(false),
+        disk_backend: Some(disk_backend.to_owned()),
+        ..LimitReport::default()
+    }
 }
 
 /// A limit that was asked for and cannot be held is refused, unless the caller

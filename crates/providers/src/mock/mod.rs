@@ -10,8 +10,8 @@
 //! sees what was asked of the provider and how much of it at once.
 //!
 //! Inside a sandbox: `/workspace`, `/tmp`, `/etc/os-release`, users `root`,
-//! `user` and `nobody`, an echo service on port 7, and a program `mock-oom`
-//! that is killed for want of memory.
+//! `user` and `nobody`, an echo service on port 7, and programs that are killed
+//! by a limit: `mock-oom`, `mock-pids` and `mock-disk-full`.
 
 mod archive;
 mod faults;
@@ -249,8 +249,9 @@ impl Provider for MockProvider {
                 return Err(ProviderError::InvalidSpec { message });
             }
             sandboxes.insert(id.clone(), MockSandbox::new(id.clone(), spec.clone()));
-            let enforced = vec![Limit::Memory, Limit::Cpu, Limit::Pids];
-            let limits = LimitReport { enforced, unenforced: Vec::new(), disk_backend: Some("memory".to_owned()) };
+            // Nothing here takes memory, time or space that could be limited.
+            let unenforced = vec![Limit::Memory, Limit::Swap, Limit::Cpu, Limit::Pids, Limit::Disk];
+            let limits = LimitReport { unenforced, disk_backend: Some("none".to_owned()), ..LimitReport::default() };
             Ok(Created { limits, image_digest: None })
         };
         self.call(MockOperation::Create, "create the sandbox", make).await

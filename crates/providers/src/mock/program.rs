@@ -3,15 +3,58 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use stacyvm_api::Limit;
 use stacyvm_sandbox::{EntryKind, Exit, SessionError};
 
 use super::shell::{Flow, Shell, Streams, shell_message};
 
 /// Every name that can be run, apart from its directory.
-const NAMES: [&str; 43] = [
-    ":", "[", "cat", "cd", "chmod", "echo", "env", "exit", "export", "false", "head", "hostname", "id", "kill", "ln",
-    "ls", "mkdir", "mock-oom", "mv", "nproc", "printenv", "printf", "pwd", "read", "rm", "rmdir", "seq", "sh", "bash",
-    "sleep", "stty", "sync", "tail", "test", "touch", "true", "tty", "uname", "unset", "wait", "wc", "whoami", "yes",
+const NAMES: [&str; 45] = [
+    ":",
+    "[",
+    "cat",
+    "cd",
+    "chmod",
+    "echo",
+    "env",
+    "exit",
+    "export",
+    "false",
+    "head",
+    "hostname",
+    "id",
+    "kill",
+    "ln",
+    "ls",
+    "mkdir",
+    "mock-disk-full",
+    "mock-oom",
+    "mock-pids",
+    "mv",
+    "nproc",
+    "printenv",
+    "printf",
+    "pwd",
+    "read",
+    "rm",
+    "rmdir",
+    "seq",
+    "sh",
+    "bash",
+    "sleep",
+    "stty",
+    "sync",
+    "tail",
+    "test",
+    "touch",
+    "true",
+    "tty",
+    "uname",
+    "unset",
+    "wait",
+    "wc",
+    "whoami",
+    "yes",
 ];
 /// Bytes that `yes` writes at once.
 const FLOOD_CHUNK_BYTES: usize = 4096;
@@ -56,8 +99,12 @@ pub(super) async fn run(shell: &mut Shell, argv: Vec<String>, streams: &Streams)
         }
         "test" | "[" => i32::from(!test(shell, &arguments)),
         "kill" => kill(shell, &arguments, streams).await,
-        "mock-oom" => {
-            shell.sandbox.count_oom_kill();
+        "mock-oom" | "mock-pids" | "mock-disk-full" => {
+            shell.sandbox.count_kill(match base(name) {
+                "mock-oom" => Limit::Memory,
+                "mock-pids" => Limit::Pids,
+                _ => Limit::Disk,
+            });
             shell.process.kill(Exit { code: None, signal: Some(SIGKILL), timed_out: false });
             std::future::pending::<i32>().await
         }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use stacyvm_api::{SandboxId, Timestamp};
+use stacyvm_api::{Limit, SandboxId, Timestamp};
 use stacyvm_sandbox::{EntryKind, Exit, FileEntry, ProcessSelector, ResourceUsage, SandboxSpec, SessionError};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -50,7 +50,8 @@ pub(super) struct MockSandbox {
     console: Mutex<Console>,
     services: Mutex<BTreeMap<u16, MockService>>,
     expires_at: watch::Sender<Timestamp>,
-    oom_kills: AtomicU64,
+    /// Times a limit killed something here.
+    kills: Mutex<BTreeMap<Limit, u64>>,
     cpu_usec: AtomicU64,
 }
 
@@ -81,7 +82,7 @@ impl MockSandbox {
             console: Mutex::default(),
             services: Mutex::new(BTreeMap::from([(ECHO_PORT, MockService::Echo)])),
             expires_at: watch::Sender::new(spec.expires_at),
-            oom_kills: AtomicU64::new(0),
+            kills: Mutex::default(),
             cpu_usec: AtomicU64::new(0),
             spec,
         });
@@ -121,15 +122,21 @@ impl MockSandbox {
             memory_limit_bytes: self.spec.memory_mib << 20,
             pids: 1 + running,
             pids_limit: self.spec.pids_limit,
-            oom_kills: self.oom_kills.load(Ordering::Relaxed),
+            oom_kills: self.kills(Limit::Memory),
             pids_refused: 0,
+            pids_kills: self.kills(Limit::Pids),
+            disk_kills: self.kills(Limit::Disk),
             disk_bytes: None,
             disk_limit_bytes: self.spec.disk.size_mib.unwrap_or(0) << 20,
         }
     }
 
-    pub(super) fn count_oom_kill(&self) {
-        self.oom_kills.fetch_add(1, Ordering::Relaxed);
+    fn kills(&self, limit: Limit) -> u64 {
+        lock(&self.kills).get(&limit).copied().unwrap_or(0)
+    }
+
+    pub(super) fn count_kill(&self, limit: Limit) {
+        *lock(&self.kills).entry(limit).or_default() += 1;
     }
 
     // Commands.

@@ -278,7 +278,9 @@ async fn watching_and_dialing_end_with_the_sandbox() {
 async fn memory_kills_are_counted_and_the_console_keeps_lines() {
     let (provider, id, session) = session().await;
     assert_eq!(run(&session, "echo working; mock-oom").await.2, 137);
-    assert_eq!(provider.usage(&id).await.unwrap().oom_kills, 1);
+    assert_eq!(run(&session, "mock-disk-full").await.2, 137);
+    let usage = provider.usage(&id).await.unwrap();
+    assert_eq!((usage.oom_kills, usage.disk_kills, usage.pids_kills), (1, 1, 0));
     run(&session, "echo two; echo three >&2").await;
     assert_eq!(session.console(2).await.unwrap(), ["two", "three"]);
 }

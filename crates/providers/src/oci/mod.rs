@@ -216,6 +216,8 @@ impl Provider for OciProvider {
             pids_limit: held(Limit::Pids, live.record.pids_limit),
             oom_kills: reading.oom_kills,
             pids_refused: reading.pids_refused,
+            pids_kills: 0,
+            disk_kills: 0,
             disk_bytes: disk.bytes,
             disk_limit_bytes: disk.limit_bytes,
         })

@@ -1,11 +1,14 @@
 //! Whether this host can run sandboxes, and what to do where it cannot.
 
+use std::path::Path;
+
 use stacyvm_sandbox::HealthReport;
 
 use super::create::KEY_FIX;
 use super::error::INSTALL_FIX;
 use super::launcher::{self, Known};
-use super::runtime::Runtime;
+use super::options::DEFAULT_ROOTFS;
+use super::runtime::{Runtime, is_root};
 use super::{program, rootfs};
 
 /// Looks at everything a sandbox needs, without side effects.
@@ -51,18 +54,18 @@ fn ptrace(report: &mut HealthReport) {
 
 fn root(runtime: &Runtime, report: &mut HealthReport) {
     const NAME: &str = "proot.rootfs";
-    const FIX: &str = "make one with `stacyvm rootfs build`, or set providers.proot.rootfs_path";
     let path = &runtime.options.rootfs;
     let shown = path.display();
     if !path.is_dir() {
         let message = format!("image `rootfs` is not there: {shown} is no directory");
-        return match &runtime.options.images {
-            Some(_) => report.warn(NAME, message, FIX),
-            None => report.fail(NAME, message, FIX),
-        };
+        // Whoever names a directory wants it; the usual one need not be there
+        // for images of a registry.
+        let is_optional = path == Path::new(DEFAULT_ROOTFS) && runtime.options.images.is_some();
+        let fix = build_fix(path);
+        return if is_optional { report.warn(NAME, message, fix) } else { report.fail(NAME, message, fix) };
     }
     if !["bin/sh", "usr/bin/sh"].iter().any(|shell| path.join(shell).symlink_metadata().is_ok()) {
-        return report.warn(NAME, format!("{shown} has no /bin/sh"), FIX);
+        return report.warn(NAME, format!("{shown} has no /bin/sh"), build_fix(path));
     }
     report.ok(NAME, format!("image `rootfs` is {shown}"));
     let (there, missing) = rootfs::programs(path, &runtime.options.languages);
@@ -75,6 +78,12 @@ fn root(runtime: &Runtime, report: &mut HealthReport) {
             "install them there (`stacyvm rootfs build --include`), or take them out of providers.proot.languages",
         );
     }
+}
+
+/// Packages of a distribution need root; an image does not.
+fn build_fix(path: &Path) -> String {
+    let image = if is_root() { "" } else { "--image python:3.12-slim " };
+    format!("stacyvm rootfs build {image}{}", path.display())
 }
 
 fn list(names: &[&str]) -> String {

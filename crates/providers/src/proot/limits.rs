@@ -52,6 +52,8 @@ pub(super) fn choose(runtime: &Runtime, spec: &SandboxSpec) -> Result<(Limits, L
     let watched = Watched { memory, pids, disk: disk_bytes > 0 };
     if watched.disk { &mut report.enforced } else { &mut report.unenforced }.push(Limit::Disk);
     report.disk_backend = Some(if watched.disk { "watched" } else { "none" }.to_owned());
+    report.memory_mb = Some(memory_mib).filter(|mib| *mib > 0);
+    report.disk_size_mb = Some(disk_mib).filter(|mib| *mib > 0);
     if watched.memory {
         // What is in swap counts as memory to the watcher.
         enforce(&mut report, Limit::Swap);

@@ -191,8 +191,10 @@ impl Provider for ProotProvider {
             memory_limit_bytes: held(Limit::Memory, live.record.memory_limit_bytes),
             pids: reading.pids,
             pids_limit: held(Limit::Pids, live.record.pids_limit),
-            oom_kills: reading.oom_kills + live.oom_kills(),
+            oom_kills: reading.oom_kills + live.kills(Limit::Memory),
             pids_refused: reading.pids_refused,
+            pids_kills: live.kills(Limit::Pids),
+            disk_kills: live.kills(Limit::Disk),
             disk_bytes: disk.ok().flatten(),
             disk_limit_bytes: live.record.disk_limit_bytes,
         })

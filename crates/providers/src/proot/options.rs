@@ -8,6 +8,9 @@ use stacyvm_image::ImageStore;
 
 use super::launcher::LauncherCommand;
 
+/// Where `rootfs` is unless it is set.
+pub(super) const DEFAULT_ROOTFS: &str = "/var/lib/stacyvm/rootfs";
+
 /// What the `proot` provider needs to know. It reads no environment itself.
 #[derive(Debug, Clone)]
 pub struct ProotOptions {
@@ -75,7 +78,7 @@ impl ProotOptions {
             launcher: LauncherCommand::default(),
             program: "proot".into(),
             search_path: "/usr/local/bin:/usr/bin:/bin".to_owned(),
-            rootfs: "/var/lib/stacyvm/rootfs".into(),
+            rootfs: DEFAULT_ROOTFS.into(),
             images: None,
             cgroup_parent: "stacyvm".into(),
             max_sandboxes: 0,

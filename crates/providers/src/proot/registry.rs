@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use stacyvm_api::Limit;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -17,8 +18,27 @@ pub(super) struct Live {
     proot: AsyncFd<OwnedFd>,
     /// The agent: when it ends, so does the sandbox.
     pub(super) agent: Option<Identity>,
-    /// Times something was killed for want of memory.
-    oom_kills: AtomicU64,
+    kills: Kills,
+}
+
+/// Times the watcher killed something, by the limit that was passed.
+#[derive(Debug, Default)]
+struct Kills {
+    memory: AtomicU64,
+    pids: AtomicU64,
+    disk: AtomicU64,
+}
+
+impl Kills {
+    /// `None` for what the watcher does not hold.
+    fn of(&self, limit: Limit) -> Option<&AtomicU64> {
+        match limit {
+            Limit::Memory => Some(&self.memory),
+            Limit::Pids => Some(&self.pids),
+            Limit::Disk => Some(&self.disk),
+            Limit::Swap | Limit::Cpu => None,
+        }
+    }
 }
 
 impl Live {
@@ -29,7 +49,7 @@ impl Live {
         agent: Option<Identity>,
     ) -> std::io::Result<Self> {
         let proot = sys::watch(proot, Interest::READABLE)?;
-        Ok(Self { record, identity, proot, agent, oom_kills: AtomicU64::new(0) })
+        Ok(Self { record, identity, proot, agent, kills: Kills::default() })
     }
 
     pub(super) fn with_agent(self, agent: Option<Identity>) -> Self {
@@ -45,12 +65,15 @@ impl Live {
         self.proot.readable().await.map(drop)
     }
 
-    pub(super) fn oom_kills(&self) -> u64 {
-        self.oom_kills.load(Ordering::Relaxed)
+    pub(super) fn kills(&self, limit: Limit) -> u64 {
+        self.kills.of(limit).map_or(0, |count| count.load(Ordering::Relaxed))
     }
 
-    pub(super) fn count_oom_kill(&self) {
-        self.oom_kills.fetch_add(1, Ordering::Relaxed);
+    /// Before it is done: whoever sees the end asks for the reason at once.
+    pub(super) fn count_kill(&self, limit: Limit) {
+        if let Some(count) = self.kills.of(limit) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 

@@ -57,6 +57,7 @@ impl Runtime {
     pub(super) async fn open(options: &ProotOptions) -> Result<Arc<Self>, ProviderError> {
         let layout = Layout::new(&options.data_dir, options.workspace_base.as_deref());
         make_directories(&layout).map_err(|error| unavailable("its directories cannot be made", error))?;
+        refuse_endless_copy(&options.rootfs, &[layout.root(), layout.base()])?;
         let lock = lock(layout.root()).await?;
         let shared = if options.namespaces {
             match options.launcher.run(&Job::Probe, None).await {
@@ -229,6 +230,27 @@ fn make_directories(layout: &Layout) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Sandboxes are copies of the root: one that holds them would hold itself.
+fn refuse_endless_copy(rootfs: &Path, kept: &[&Path]) -> Result<(), ProviderError> {
+    let Ok(root) = rootfs.canonicalize() else { return Ok(()) };
+    let Some(inner) = kept.iter().filter_map(|path| path.canonicalize().ok()).find(|path| path.starts_with(&root))
+    else {
+        return Ok(());
+    };
+    let shown = rootfs.display();
+    let message = if root == Path::new("/") {
+        format!("providers.proot.rootfs_path is {shown}, this host's own root, and every sandbox would copy it")
+    } else {
+        format!(
+            "sandboxes are kept in {}, below providers.proot.rootfs_path ({shown}), which they copy",
+            inner.display()
+        )
+    };
+    let hint = "set providers.proot.rootfs_path to a directory of its own; `stacyvm rootfs build` makes one";
+    let provider = NAME.to_owned();
+    Err(ProviderError::Unavailable { provider, message, hint: Some(hint.to_owned()), cause: None })
 }
 
 async fn lock(root: &Path) -> Result<File, ProviderError> {

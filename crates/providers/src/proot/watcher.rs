@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, Dir, FileType};
+use stacyvm_api::Limit;
 
 use super::copy::open_directory;
 use super::members::{self, Member};
@@ -77,12 +78,12 @@ fn look(live: &Live, root: Option<&Path>) {
             && let Some(largest) = commands(&members).into_iter().max_by_key(|member| member.memory_bytes)
         {
             tracing::info!(sandbox = %record.id, used, "beyond its memory limit; its largest process is killed");
+            live.count_kill(Limit::Memory);
             members::kill(proot, [largest.pid]);
-            live.count_oom_kill();
         }
         if record.watched.pids && record.pids_limit > 0 && members.len() as u64 > record.pids_limit {
             tracing::info!(sandbox = %record.id, "beyond its limit on processes; its commands are killed");
-            members::kill(proot, commands(&members).into_iter().map(|member| member.pid));
+            kill_all(live, Limit::Pids, &commands(&members));
         }
     }
     if let Some(root) = root {
@@ -90,8 +91,15 @@ fn look(live: &Live, root: Option<&Path>) {
         let used = disk_bytes(root).unwrap_or(0).saturating_add(unlinked);
         if used > record.disk_limit_bytes {
             tracing::info!(sandbox = %record.id, used, "beyond its disk limit; its commands are killed");
-            members::kill(proot, commands(&members::of(proot)).into_iter().map(|member| member.pid));
+            kill_all(live, Limit::Disk, &commands(&members::of(proot)));
         }
+    }
+}
+
+fn kill_all(live: &Live, limit: Limit, commands: &[Member]) {
+    if !commands.is_empty() {
+        live.count_kill(limit);
+        members::kill(live.identity.pid, commands.iter().map(|member| member.pid));
     }
 }
 

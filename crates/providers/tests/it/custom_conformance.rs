@@ -7,14 +7,15 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use stacyvm_api::SandboxId;
 use stacyvm_backend::{Backend, BackendOptions};
 use stacyvm_conformance::{Format, ProviderTarget, Report, RunOptions, run};
 use stacyvm_providers::custom::{CustomOptions, CustomProvider};
 use stacyvm_providers::mock::MockProvider;
-use stacyvm_sandbox::Provider;
+use stacyvm_sandbox::{Provider, ProviderError, SandboxSpec};
 use tempfile::TempDir;
 
-use crate::fixture::Fixture;
+use crate::fixture::{self, Fixture};
 
 const KEY: &str = "key-of-the-test";
 
@@ -73,6 +74,17 @@ async fn our_backend_refuses_what_no_sandbox_can_be_made_from() {
     assert_eq!(spawn(r#"{"image":"alpine"}"#.to_owned()).await.expect("an answer").status(), 201);
 }
 
+/// Whoever orders hears why the machine over there refuses.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_reason_of_our_backend_reaches_whoever_asked() {
+    let (custom, _state) = over(Arc::new(MockProvider::default())).await;
+    let spec = SandboxSpec { memory_mib: 1, ..fixture::spec() };
+    let error = custom.create(&SandboxId::random(), &spec, &()).await.expect_err("it is refused");
+    assert!(matches!(error, ProviderError::InvalidSpec { .. }), "{error:?}");
+    let told = "the backend refuses to create the sandbox: memory_mb has to be between 16 and 16777216";
+    assert_eq!(error.to_string(), told);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn our_backend_over_a_real_runtime_lacks_nothing() {
     let fixture = Fixture::start().await;
@@ -103,6 +115,37 @@ async fn the_example_in_python_passes_what_it_says_it_can() {
     assert!(report.skipped_ids().iter().all(|id| !id.starts_with('C')), "{:?}", report.skipped_ids());
     let passed = report.checks.len() - report.skipped_ids().len();
     assert!(passed >= 35, "only {passed} checks ran: {}", report.render(Format::Text));
+}
+
+/// What holds a sandbox's namespaces must not outlive a killed example.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_example_in_python_leaves_no_processes_behind() {
+    let backend = Example::start();
+    let (_installs_tls, _state) = custom(&backend.url).await;
+    let call = reqwest::Client::new().post(format!("{}/spawn", backend.url)).header("x-api-key", KEY);
+    let made = call.body(r#"{"image":"any"}"#).send().await.expect("an answer").text().await.expect("a body");
+    let made: serde_json::Value = serde_json::from_str(&made).expect("JSON");
+    let id = made["id"].as_str().expect("an id").to_owned();
+    let holders = || {
+        let entries = std::fs::read_dir("/proc").expect("readable").flatten();
+        let has_id = |path: &Path| std::fs::read(path.join("cmdline")).is_ok_and(|text| contains(&text, id.as_bytes()));
+        entries.map(|entry| entry.path()).filter(|path| has_id(path)).collect::<Vec<_>>()
+    };
+    let held = holders();
+    assert!(!held.is_empty(), "nothing holds {id}");
+    let inside: Vec<_> = held
+        .iter()
+        .filter_map(|path| std::fs::read_to_string(path.join("task").join(path.file_name()?).join("children")).ok())
+        .flat_map(|text| text.split_whitespace().map(|pid| Path::new("/proc").join(pid)).collect::<Vec<_>>())
+        .collect();
+    assert!(!inside.is_empty(), "nothing runs in {id}");
+    drop(backend);
+    fixture::eventually("they end with it", async || holders().is_empty() && inside.iter().all(|path| !path.exists()))
+        .await;
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
 }
 
 /// `examples/custom-backend.py`, until the value is dropped.

@@ -53,13 +53,15 @@ struct Faulty {
     route: &'static str,
     fault: Fault,
     features: &'static str,
+    /// A route that is fine, and its answer.
+    also: Option<(&'static str, &'static str)>,
     /// What it was asked for.
     seen: Arc<Mutex<Vec<String>>>,
 }
 
 impl Faulty {
     fn at(route: &'static str, fault: Fault) -> Self {
-        Self { route, fault, features: "", seen: Arc::default() }
+        Self { route, fault, features: "", also: None, seen: Arc::default() }
     }
 
     async fn start(self) -> String {
@@ -79,6 +81,9 @@ impl Faulty {
         let mut stream = BufReader::new(stream);
         let route = request(&mut stream).await?;
         self.seen.lock().expect("nobody panicked").push(route.clone());
+        if let Some((_, body)) = self.also.filter(|(fine, _)| route == *fine) {
+            return reply(&mut stream.into_inner(), 200, body).await;
+        }
         if route.starts_with(self.route) {
             return self.misbehave(stream.into_inner()).await;
         }
@@ -90,6 +95,7 @@ impl Faulty {
             route if route.starts_with("GET /status/box-1") => (200, r#"{"state":"running"}"#.to_owned()),
             route if route.starts_with("GET /status/") => (404, String::new()),
             "GET /health" => (200, String::new()),
+            route if route.starts_with("GET /api/") => (404, String::new()),
             _ => (204, String::new()),
         };
         reply(&mut stream.into_inner(), status, &body).await
@@ -514,6 +520,7 @@ async fn health_tells_a_wrong_key_from_a_dead_host_from_a_bad_answer() {
         ("GET /status", Fault::Status(401), "refuses the key", "api_key"),
         ("GET /health", Fault::Status(403), "refuses the key", "api_key"),
         ("GET /health", Fault::Status(500), "HTTP 500", "log"),
+        ("GET /health", Fault::Status(404), "is not a backend: there is no GET /health", "stacyvm backend serve"),
         ("GET /health", Fault::Redirect, "redirect", "base_url"),
         ("GET /health", Fault::Hang, "did not answer within", "log"),
         ("GET /health", Fault::Reset, "broke", "log"),
@@ -538,6 +545,90 @@ async fn health_tells_a_wrong_key_from_a_dead_host_from_a_bad_answer() {
     }
     let (fine, _state) = provider(Faulty::at("GET /none", Fault::Hang)).await;
     assert!(fine.check().await.is_healthy(), "{:?}", fine.check().await);
+}
+
+/// A page of a web server, and a StacyVM server's API: the address that people
+/// have at hand.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_backend_is_told_apart() {
+    const HEALTH: &str = r#"{"status":"ok","version":"0.1.0","uptime":"5s"}"#;
+    const SERVER: &str = "this answers like a StacyVM server's API, not a backend";
+    let no_route = || Fault::Body(404, r#"{"code":"NOT_FOUND","message":"no such route","request_id":"r"}"#);
+    let create = async |provider: &CustomProvider| {
+        let error = provider.create(&SandboxId::random(), &spec(), &()).await.expect_err("it fails");
+        match error {
+            ProviderError::Unavailable { message, hint, .. } => (message, hint.expect("what to do")),
+            other => panic!("{other:?}"),
+        }
+    };
+    for fault in [Fault::Status(404), Fault::Status(405), no_route()] {
+        let (web, _state) = provider(Faulty::at("POST /spawn", fault)).await;
+        let (said, advice) = create(&web).await;
+        assert!(said.contains("is not a backend: there is no POST /spawn"), "{said}");
+        assert!(advice.contains("stacyvm backend serve"), "{advice}");
+    }
+    for (base, health, fault) in [
+        ("", "GET /api/v1/health", no_route()),
+        ("/api/v1", "GET /api/v1/health", no_route()),
+        ("/api/v1", "GET /api/v1/health", Fault::Status(401)),
+    ] {
+        let url = Faulty { also: Some((health, HEALTH)), ..Faulty::at("", fault) }.start().await;
+        let state = tempfile::tempdir().expect("a directory");
+        let options = CustomOptions { timeout: DEADLINE, ..CustomOptions::new(format!("{url}{base}"), state.path()) };
+        let server = CustomProvider::open(options).await.expect("it opens");
+        for (said, advice) in [finding(&server).await, create(&server).await] {
+            assert_eq!(said, SERVER, "{base}");
+            assert!(advice.contains("stacyvm backend serve") && advice.contains("base_url"), "{advice}");
+        }
+    }
+}
+
+/// A backend that says that its failures are for callers; control characters
+/// are not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_with_typed_failures_is_heard_in_one_line() {
+    const LINE: &str = "{\"stream\":\"error\",\"code\":\"BAD_REQUEST\",\"message\":\"no such\\u0007 shell\"}\n";
+    const ANSWER: &str = r#"{"code":"FILE_CONFLICT","message":"/f is a directory"}"#;
+    const REFUSAL: &str = r#"{"code":"CODE","message":"vcpus has to be\u001b[2J\r\nat most 4","hint":"ask for\nless"}"#;
+    let refusing = |code: &str| -> &'static str { REFUSAL.replace("CODE", code).leak() };
+    for (status, code, kind_expected) in [
+        (400, "BAD_REQUEST", "invalid"),
+        (400, "IMAGE_NOT_FOUND", "image"),
+        (400, "LIMIT_UNSUPPORTED", "limit"),
+        (429, "RESOURCE_LIMIT", "exhausted"),
+        (503, "UNAVAILABLE", "unavailable"),
+        (500, "INTERNAL_ERROR", "unavailable"),
+    ] {
+        for features in [r#""errors""#, r#""bytes""#] {
+            let fault = Fault::Body(status, refusing(code));
+            let (theirs, _state) = provider(Faulty { features, ..Faulty::at("POST /spawn", fault) }).await;
+            let error = within(code, theirs.create(&SandboxId::random(), &spec(), &())).await.expect_err("it fails");
+            assert_eq!(kind(&error), kind_expected, "{code}");
+            let told = error.to_string();
+            assert_eq!(told.contains("vcpus has to be [2J at most 4"), features.contains("errors"), "{code}: {told}");
+            let hint = match &error {
+                ProviderError::Image { hint, .. } | ProviderError::Unavailable { hint, .. } => hint.clone(),
+                ProviderError::LimitUnsupported { hint, .. } => Some(hint.clone()),
+                _ => continue,
+            };
+            let heard = hint.as_deref() == Some("ask for less");
+            assert_eq!(heard, features.contains("errors"), "{code}: {hint:?}");
+        }
+    }
+    // Inside a sandbox, by answers and by streams.
+    for (features, heard) in [(r#""exit","errors""#, true), (r#""exit""#, false)] {
+        let faulty = Faulty { features, ..Faulty::at("POST /exec", Fault::Body(200, LINE)) };
+        let (streaming, _state) = provider(faulty).await;
+        let error = within(LINE, command(&*session(&streaming).await)).await.expect_err("it fails");
+        assert_eq!(inner_kind(&error), "invalid");
+        assert_eq!(error.to_string().contains("no such shell"), heard, "{error}");
+        let faulty = Faulty { features, ..Faulty::at("DELETE /files", Fault::Body(409, ANSWER)) };
+        let (answering, _state) = provider(faulty).await;
+        let removed = session(&answering).await.remove("/f", RemoveOptions::default()).await;
+        let error = removed.expect_err("it fails");
+        assert_eq!(inner_kind(&error), "conflict");
+        assert_eq!(error.to_string() == "/f is a directory", heard, "{error}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

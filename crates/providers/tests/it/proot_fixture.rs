@@ -49,8 +49,7 @@ impl Proot {
     pub(crate) async fn with(apart: Apart, change: impl FnOnce(&mut ProotOptions)) -> Self {
         let data = tempfile::tempdir().expect("a directory for data");
         let mut options = ProotOptions::new(data.path().join("data"));
-        let program = ordinary_user::spawner().unwrap_or_else(|| env!("CARGO_BIN_EXE_oci-test-spawner").into());
-        options.launcher = LauncherCommand { program, args: vec!["proot-launcher".into()] };
+        options.launcher = Self::launcher();
         options.rootfs = busybox_root();
         options.cgroup_parent = ordinary_user::cgroup_parent().unwrap_or_else(|| "stacyvm-test".into());
         if ordinary_user::is_staged() {
@@ -72,6 +71,11 @@ impl Proot {
         assert!(report.is_healthy(), "{:#?}", report.findings);
         assert_eq!(provider.capabilities().shares_host, apart == Apart::Shared, "{:#?}", report.findings);
         Self { provider, options, apart, _data: data }
+    }
+
+    pub(crate) fn launcher() -> LauncherCommand {
+        let program = ordinary_user::spawner().unwrap_or_else(|| env!("CARGO_BIN_EXE_oci-test-spawner").into());
+        LauncherCommand { program, args: vec!["proot-launcher".into()] }
     }
 
     /// As after a crash of the server: a new provider takes up the directory.

@@ -1,10 +1,11 @@
 //! From creation to the last process, across restarts of the server.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use stacyvm_api::{FindingLevel, NetworkMode, SandboxId};
-use stacyvm_providers::proot::{Permission, ProotProvider};
+use stacyvm_providers::proot::{Permission, ProotOptions, ProotProvider};
 use stacyvm_sandbox::{Provider as _, ProviderError, RuntimeState, SandboxSpec, Session as _, StartRequest};
 
 use crate::fixture::{eventually, eventually_empty};
@@ -176,7 +177,33 @@ async fn a_host_without_proot_says_what_to_do() {
         ["proot.binary", "proot.rootfs"]
     );
     assert!(failed.iter().all(|finding| finding.fix.is_some()));
+    let build = failed[1].fix.as_deref().expect("a command");
+    assert!(build.starts_with("stacyvm rootfs build ") && build.ends_with("/nothing"), "{build}");
     provider.shutdown().await;
+}
+
+/// A sandbox is a copy of the root, with everything below it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_that_holds_its_own_copies_is_refused() {
+    let data = tempfile::tempdir().expect("a directory");
+    let link = data.path().join("link");
+    std::os::unix::fs::symlink(data.path(), &link).expect("a link");
+    for (rootfs, why) in [
+        (Path::new("/"), "this host's own root"),
+        (data.path(), "below providers.proot.rootfs_path"),
+        (&link, "below providers.proot.rootfs_path"),
+    ] {
+        let options = ProotOptions { rootfs: rootfs.to_owned(), ..ProotOptions::new(data.path().join("data")) };
+        let refused = ProotProvider::open(&options).await.err().expect("it is refused");
+        let ProviderError::Unavailable { message, hint: Some(hint), .. } = &refused else { panic!("{refused:?}") };
+        assert!(message.contains(why) && hint.contains("stacyvm rootfs build"), "{message} ({hint})");
+    }
+    // A root below the data directory is none of its copies.
+    let own = data.path().join("data/rootfs");
+    std::fs::create_dir_all(&own).expect("a directory");
+    let launcher = Proot::launcher();
+    let options = ProotOptions { rootfs: own, launcher, ..ProotOptions::new(data.path().join("data")) };
+    ProotProvider::open(&options).await.expect("it opens").shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,6 +18,7 @@ fn a_watcher_holds_memory_and_files() {
         assert_ne!(ran.exit.code, Some(0), "{ran:?}");
         assert_eq!(fixture.output(&id, "echo alive").await, "alive");
         let usage = fixture.provider.usage(&id).await.expect("a reading");
+        assert_eq!((usage.disk_kills, usage.pids_kills), (0, 0));
         assert!(usage.oom_kills >= 1 && usage.memory_limit_bytes == 48 << 20, "{usage:?}");
         // One file is bounded at once, many of them a little later.
         let ran = fixture
@@ -27,6 +28,8 @@ fn a_watcher_holds_memory_and_files() {
         let fill = "i=0; while true; do dd if=/dev/zero of=/workspace/f$i bs=1M count=4 2>/dev/null; sleep 0.3; i=$((i+1)); done";
         let ran = fixture.sh(&id, fill).await;
         assert!(ran.exit.signal.is_some() || ran.exit.code != Some(0), "{ran:?}");
+        // Whoever saw the end finds the reason counted.
+        assert_eq!(fixture.provider.usage(&id).await.expect("a reading").disk_kills, 1);
         assert_eq!(fixture.output(&id, "rm -f /workspace/f*; echo cleaned").await, "cleaned");
         fixture.provider.destroy(&id).await.expect("destroyed");
         fixture.finish().await;
@@ -61,6 +64,28 @@ fn hidden_files_count_and_are_removed_on_debian() {
                       print { $f[$i] } 'x' x 200_000_000; $f[$i]->flush } sleep 600";
         let ran = fixture.run(&id, argv(&["perl", "-MIO::Handle", "-e", unlink])).await;
         assert!(ran.exit.signal.is_some() || ran.exit.code != Some(0), "it went on: {ran:?}");
+        fixture.provider.destroy(&id).await.expect("destroyed");
+        fixture.finish().await;
+    });
+}
+
+#[test]
+fn the_bounds_of_the_operator_are_told() {
+    const NAME: &str = "proot_limits::the_bounds_of_the_operator_are_told";
+    as_ordinary_user(NAME, Circumstances::ALONE, async || {
+        let bounds = |options: &mut stacyvm_providers::proot::ProotOptions| {
+            (options.max_memory_mib, options.max_disk_mib) = (96, 64);
+        };
+        let fixture = Proot::with(Apart::Shared, bounds).await;
+        // A default above the bound, and a disk that nobody asked for.
+        let id = stacyvm_api::SandboxId::random();
+        let created = fixture.provider.create(&id, &fixture.spec(), &()).await.expect("a sandbox");
+        let limits = created.limits;
+        assert_eq!((limits.memory_mb, limits.disk_size_mb), (Some(96), Some(64)), "{limits:?}");
+        assert!([Limit::Memory, Limit::Disk].iter().all(|limit| limits.enforced.contains(limit)), "{limits:?}");
+        assert!(limits.unenforced.contains(&Limit::Pids), "{limits:?}");
+        let usage = fixture.provider.usage(&id).await.expect("a reading");
+        assert_eq!((usage.memory_limit_bytes, usage.disk_limit_bytes), (96 << 20, 64 << 20));
         fixture.provider.destroy(&id).await.expect("destroyed");
         fixture.finish().await;
     });

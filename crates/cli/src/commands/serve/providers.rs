@@ -124,6 +124,11 @@ pub(crate) async fn open_one(
             Ok(Arc::new(provider.context("the provider docker cannot be used")?))
         }
         "custom" => {
+            if config.custom.base_url.trim().is_empty() {
+                let fix = "set providers.custom.base_url, or STACYVM_PROVIDERS_CUSTOM_BASE_URL, to the backend's \
+                           address, such as http://10.0.0.2:7425; `stacyvm backend serve` starts one";
+                return Err(Advice::new("the provider custom has no backend: its base_url is not set", fix).into());
+            }
             let provider = CustomProvider::open(custom(config, data_dir)).await;
             Ok(Arc::new(provider.context("the provider custom cannot be used")?))
         }
@@ -142,6 +147,20 @@ pub(crate) async fn open_one(
     }
 }
 
+/// What the default comes to, of the names in [`KNOWN`]; `None` where nothing is
+/// enabled.
+pub(crate) fn default_kind(config: &Config) -> Option<&str> {
+    match configured(config, &config.providers.default) {
+        AUTO => enabled(config).first().copied(),
+        wanted => Some(wanted),
+    }
+}
+
+/// The custom provider has a name of its own, too.
+pub(crate) fn is_custom(config: &Config, name: &str) -> bool {
+    configured(config, name) == "custom"
+}
+
 /// In the order in which `auto` prefers them. The default is always enabled.
 pub(crate) fn enabled(config: &Config) -> Vec<&'static str> {
     let switched_on = |name: &str| match name {
@@ -158,7 +177,7 @@ pub(crate) fn enabled(config: &Config) -> Vec<&'static str> {
         .collect()
 }
 
-/// The custom provider has a name of its own, too.
+/// The kind of provider that a name means.
 fn configured<'a>(config: &Config, name: &'a str) -> &'a str {
     if name == config.custom.name { "custom" } else { name }
 }

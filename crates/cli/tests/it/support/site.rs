@@ -105,8 +105,13 @@ impl Site {
 
     /// `stacyvm` with these arguments and no server to talk to.
     pub(crate) async fn run(&self, arguments: &[&str]) -> Ran {
+        self.run_with(arguments, |_| ()).await
+    }
+
+    pub(crate) async fn run_with(&self, arguments: &[&str], change: impl FnOnce(&mut Command)) -> Ran {
         let mut command = self.program();
         command.args(arguments);
+        change(&mut command);
         run(command.into(), b"").await
     }
 
