@@ -9,16 +9,17 @@ use rustix::process::{Signal, kill_process};
 
 use crate::support::{Server, Site, create, eventually, output, pid_of, small};
 
-const KEY: &str = "key-of-the-test";
+/// What the backend asks for.
+pub(crate) const KEY: &str = "key-of-the-test";
 
 /// A backend that runs, until the value is dropped.
-struct BackendProcess {
+pub(crate) struct BackendProcess {
     process: Child,
-    url: String,
+    pub(crate) url: String,
 }
 
 impl BackendProcess {
-    async fn start(site: &Arc<Site>, arguments: &[&str]) -> Self {
+    pub(crate) async fn start(site: &Arc<Site>, arguments: &[&str]) -> Self {
         let out = site.home().join("backend.out");
         fs::write(site.home().join("backend.key"), KEY).expect("writable");
         let mut command = site.program();

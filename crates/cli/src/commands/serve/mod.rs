@@ -36,7 +36,7 @@ pub(crate) use options::{database, image_store};
 pub(crate) use port::owner as port_owner;
 use providers::Examined;
 pub(crate) use providers::{
-    Chosen, KNOWN as KNOWN_PROVIDERS, enabled as enabled_providers, open as open_providers, open_one,
+    Chosen, KNOWN as KNOWN_PROVIDERS, enabled as enabled_providers, examine_one, open as open_providers, open_one,
 };
 
 /// Run the server
