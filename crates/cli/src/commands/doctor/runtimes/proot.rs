@@ -114,7 +114,8 @@ mod tests {
             config.proot.workspace_base = base;
             let server =
                 Server { config: &config, environment: &environment, data_dir: home.path(), demands_key: true };
-            let host = Host { is_root: true, ..Host::this(None, None) };
+            let mut host = Host::this(None, None);
+            host.is_root = true;
             let found = workspace(&host, &server, is_shared);
             (found.status, found.fix.unwrap_or_default())
         };

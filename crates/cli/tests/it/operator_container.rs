@@ -1,0 +1,129 @@
+//! The container of `deploy/docker`: built as the Dockerfile says, started as
+//! the compose file says, and a sandbox in it.
+//!
+//! Two things are different, as no registry is reached: the base images are
+//! made here (Debian by debootstrap), and the compiler in the one that builds is
+//! a script that hands out the program under test.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Stdio;
+
+use serde_json::Value;
+
+use crate::docker::dockerd::Dockerd;
+use crate::support::{Site, eventually, in_repository, run};
+
+const KEY: &str = "0123456789abcdef0123456789abcdef";
+const IMAGE: &str = "stacyvm-of-the-test";
+const CONTAINER: &str = "stacyvm-of-the-test";
+
+/// What the Dockerfile installs, so that it has nothing to fetch but lists.
+const PACKAGES: &str = "ca-certificates,curl,e2fsprogs,iproute2,iptables,nftables,procps";
+
+const RUSTC: &str = "#!/bin/sh\necho host: test-unknown-linux-gnu\n";
+const CARGO: &str = "#!/bin/sh\nmkdir -p target/test-unknown-linux-gnu/release\n\
+                     cp /opt/stacyvm target/test-unknown-linux-gnu/release/\n";
+
+/// A base image of every `FROM` in the Dockerfile, made of one Debian.
+async fn base_images(site: &Site, daemon: &Dockerd, dockerfile: &str) {
+    let root = site.home().join("debian");
+    let path = root.to_str().expect("text");
+    let mut build = tokio::process::Command::from(site.program());
+    // A whole distribution: minutes on a loaded machine.
+    let made = build.args(["rootfs", "build", "--include", PACKAGES, path]).output().await.expect("it runs");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let names: Vec<&str> =
+        dockerfile.lines().filter_map(|line| line.strip_prefix("FROM ")?.split(' ').next()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+    let import = async |name: &str| {
+        let archive = site.home().join("base.tar");
+        let mut tar = site.command("tar");
+        tar.arg("-cf").arg(&archive).arg("-C").arg(&root).arg(".");
+        run(tar.into(), b"").await.ok();
+        daemon.import(&archive, name, &[]);
+    };
+    import(names[1]).await;
+    for (file, text) in [("usr/local/bin/rustc", RUSTC), ("usr/local/bin/cargo", CARGO)] {
+        fs::write(root.join(file), text).expect("written");
+        fs::set_permissions(root.join(file), fs::Permissions::from_mode(0o755)).expect("its mode");
+    }
+    fs::copy(env!("CARGO_BIN_EXE_stacyvm"), root.join("opt/stacyvm")).expect("copied");
+    import(names[0]).await;
+}
+
+/// `docker build`, of this repository without what was built in it.
+async fn build(site: &Site, daemon: &Dockerd) {
+    let mut tar = site.command("tar");
+    tar.args(["--exclude=./target", "--exclude=./.git", "--exclude=node_modules", "-C"]);
+    tar.arg(in_repository("")).args(["-c", "."]).stdout(Stdio::piped());
+    let mut tar = tar.spawn().expect("tar starts");
+    let mut build = tokio::process::Command::new("docker");
+    // Lists of packages come by this host's network: the daemon has none.
+    build.args(["build", "--network", "host", "--tag", IMAGE, "--file", "deploy/docker/Dockerfile", "-"]);
+    build.env("DOCKER_HOST", format!("unix://{}", daemon.socket().display()));
+    build.env("DOCKER_BUILDKIT", "0").env("DOCKER_CONFIG", daemon.directory().join("client"));
+    build.stdin(tar.stdout.take().expect("a pipe"));
+    let built = build.output().await.expect("docker starts");
+    tar.wait().expect("tar ends");
+    let said = format!("{}{}", String::from_utf8_lossy(&built.stdout), String::from_utf8_lossy(&built.stderr));
+    assert!(built.status.success(), "{said}");
+}
+
+/// What `docker run` has to be told to do the same as the compose file.
+fn flags_of(compose: &str, key: &Path) -> Vec<String> {
+    let value = |name: &str| {
+        let line = compose.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(": "));
+        line.unwrap_or_else(|| panic!("{name} is not in the compose file")).trim_matches('"').to_owned()
+    };
+    assert_eq!(value("privileged"), "true");
+    let mut flags = vec!["--privileged".to_owned(), format!("--cgroupns={}", value("cgroup"))];
+    let secret = value("STACYVM_AUTH_API_KEY_FILE");
+    flags.push(format!("--volume={}:{secret}:ro", key.display()));
+    let settings = compose.lines().filter_map(|line| line.trim().split_once(": "));
+    for (name, value) in settings.filter(|(name, _)| name.starts_with("STACYVM_")) {
+        flags.push(format!("--env={name}={}", value.trim_matches('"')));
+    }
+    flags
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_container_is_built_answers_and_runs_a_sandbox() {
+    let (site, daemon) = (Site::new(), Dockerd::shared());
+    let dockerfile = fs::read_to_string(in_repository("deploy/docker/Dockerfile")).expect("the Dockerfile");
+    let compose = fs::read_to_string(in_repository("deploy/docker/compose.yaml")).expect("the compose file");
+    base_images(&site, daemon, &dockerfile).await;
+    build(&site, daemon).await;
+    let key = site.home().join("api.key");
+    fs::write(&key, KEY).expect("written");
+    let flags = flags_of(&compose, &key);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    daemon.docker(&[&["run", "--detach", "--name", CONTAINER][..], &flags, &[IMAGE]].concat());
+    let logs = || {
+        let ran = daemon.client(&["logs", CONTAINER]);
+        format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr))
+    };
+    // By the check that the image has.
+    eventually("the container is healthy", async || {
+        let state = daemon.docker(&["inspect", "--format", "{{json .State}}", CONTAINER]);
+        let state: Value = serde_json::from_str(&state).expect("JSON");
+        assert_eq!(state["Running"], true, "{}", logs());
+        (state["Health"]["Status"] == "healthy").then_some(())
+    })
+    .await;
+    let inside = |arguments: &[&str]| {
+        let variable = format!("STACYVM_API_KEY={KEY}");
+        daemon.docker(&[&["exec", "--env", &variable, CONTAINER][..], arguments].concat())
+    };
+    let health = inside(&["curl", "-fsS", "http://localhost:7423/api/v1/health"]);
+    assert!(health.contains(r#""status":"ok""#), "{health}");
+    let refused = daemon.client(&["exec", CONTAINER, "stacyvm", "list"]);
+    assert!(!refused.status.success(), "a key is needed");
+    let said = inside(&["stacyvm", "run", "--image", "host", "--", "sh", "-c", "echo $((6 * 7)); id -u"]);
+    assert_eq!(said, "42\n0", "{}", logs());
+    daemon.docker(&["stop", "--time", "60", CONTAINER]);
+    let ended = daemon.docker(&["inspect", "--format", "{{.State.ExitCode}}", CONTAINER]);
+    assert_eq!(ended, "0", "it ends in order: {}", logs());
+    daemon.docker(&["rm", "--volumes", CONTAINER]);
+}
