@@ -181,7 +181,7 @@ async fn every_row_of_a_backend_that_cannot_be_used_is_known() {
             .iter()
             .map(|check| (check["name"].as_str().expect("an id"), check["status"].as_str().expect("a status")))
             .collect();
-        let behind = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "EX-R1", "EX-R2", "EX-R3"];
+        let behind = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "EX-R1", "EX-R2", "EX-R3", "EX-R13a", "EX-R14", "M1"];
         let expected: Vec<(&str, &str)> = ["EX-H1", "EX-H2", "EX-H3"]
             .into_iter()
             .zip(of_host)
