@@ -133,7 +133,8 @@ async fn mapped(target: Target, options: &CertifyOptions) -> Looked {
     if log.contains(LEAK) {
         return Err("the server's log has what the backend wrote".into());
     }
-    let message = format!("{} failures are the errors that they have to be, without the backend's words", evidence.len());
+    let message =
+        format!("{} failures are the errors that they have to be, without the backend's words", evidence.len());
     Ok(Seen { evidence, ..Seen::pass(message) })
 }
 
@@ -142,11 +143,8 @@ async fn every_fault(
     backend: &FaultyBackend,
     options: &CertifyOptions,
 ) -> Result<Vec<String>, Trouble> {
-    let request = CreateRequest {
-        image: Some(options.image.clone()),
-        allow_unenforced: Some(true),
-        ..CreateRequest::default()
-    };
+    let request =
+        CreateRequest { image: Some(options.image.clone()), allow_unenforced: Some(true), ..CreateRequest::default() };
     let mut evidence = Vec::new();
     for (fault, [of_spawn, of_exec, of_file]) in MAPPED {
         let mut note = |call: &str, code: ErrorCode, error: &ClientError| {

@@ -61,7 +61,10 @@ async fn survives(subject: &mut Subject, making: Making<'_>) -> Looked {
     if making.target.is_remote() && status != Some(ProcessStatus::Running) {
         // Such a backend runs a command for as long as somebody waits for it.
         let fix = "use a backend with the feature `agent`, if commands have to outlive the server";
-        return Ok(Seen::warn(format!("the server was {how}; the sandbox and its files went on, its command did not"), fix));
+        return Ok(Seen::warn(
+            format!("the server was {how}; the sandbox and its files went on, its command did not"),
+            fix,
+        ));
     }
     super::same("the command from before", &Some(ProcessStatus::Running), &status)?;
     Ok(Seen::pass(format!("the server was {how}; the sandbox, its files and its command went on")))

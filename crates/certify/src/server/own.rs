@@ -254,6 +254,8 @@ fn settings(target: Target, options: &CertifyOptions, api_key: &str) -> Vec<(Str
         ("STACYVM_PROVIDERS_DOCKER_ENABLED", on("docker")),
         ("STACYVM_PROVIDERS_PROOT_ENABLED", on("proot")),
         ("STACYVM_PROVIDERS_CUSTOM_ENABLED", on("custom")),
+        // The contract suite makes more at once than this admits by default.
+        ("STACYVM_PROVIDERS_PROOT_MAX_SANDBOXES", "0".to_owned()),
         // We ask for it by this name, whatever callers know it as.
         ("STACYVM_PROVIDERS_CUSTOM_NAME", "custom".to_owned()),
         ("STACYVM_PROVIDERS_OCI_CGROUP_PARENT", format!("stacyvm-certify-{}", std::process::id())),

@@ -38,7 +38,8 @@ pub(super) fn of_runtimes(target: Target, loaded: &Loaded, environment: &Environ
 /// names.
 fn variables_of(target: Target, environment: &Environment) -> Vec<(String, String)> {
     let prefix = variable(&format!("providers.{}.", target.provider()));
-    let aliases = ALIASES.into_iter().filter_map(|(key, alias)| Some((variable(key), environment.get(alias)?.to_owned())));
+    let aliases =
+        ALIASES.into_iter().filter_map(|(key, alias)| Some((variable(key), environment.get(alias)?.to_owned())));
     let set = environment.variables.iter().map(|(name, value)| (name.clone(), value.clone()));
     set.chain(aliases).filter(|(name, _)| name.starts_with(&prefix)).collect()
 }

@@ -64,7 +64,8 @@ fn workspace(host: &Host, server: &Server<'_>, is_shared: bool) -> Check {
         return Check::fail(WORKSPACE, message, BASE_FIX);
     }
     if !host.is_writable(nearest) {
-        let fix = format!("mkdir -p {shown}, for the user who runs the server, on a file system that can be written to");
+        let fix =
+            format!("mkdir -p {shown}, for the user who runs the server, on a file system that can be written to");
         return Check::fail(WORKSPACE, format!("{} cannot be written to", nearest.display()), fix);
     }
     match first_closed(nearest).filter(|_| others_pass) {
@@ -107,8 +108,7 @@ mod tests {
         fs::create_dir_all(below("closed/base")).unwrap();
         fs::set_permissions(below("closed"), Permissions::from_mode(0o700)).unwrap();
         fs::write(below("file"), "").unwrap();
-        let environment =
-            Environment { current_dir: home.path().to_owned(), ..Environment::default() };
+        let environment = Environment { current_dir: home.path().to_owned(), ..Environment::default() };
         let look = |base: Option<PathBuf>, is_shared| {
             let mut config = config::load(None, &environment).unwrap().config;
             config.proot.workspace_base = base;
