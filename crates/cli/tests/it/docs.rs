@@ -230,7 +230,7 @@ async fn an_installation_by_the_page_for_operators_is_whole() {
     run(dist, b"").await.ok();
     let script = Page::open("docs/operations.md").section("Install").script();
     let script = format!(
-        "{OWN_ETC}cp {}/* .\n{script}\
+        "{OWN_ETC}unset ${{!STACYVM_@}}\ncp {}/* .\n{script}\
          /usr/local/bin/stacyvm --version\n\
          ls /usr/local/share/man/man1/stacyvm-serve.1 /etc/systemd/system/stacyvm.service\n\
          stat -c %a /etc/stacyvm/stacyvm.yaml /etc/stacyvm/api.key\n",
