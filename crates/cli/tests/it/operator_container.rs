@@ -192,17 +192,17 @@ answers
 stacyvm exec "$id" -- echo after the restart
 systemctl stop stacyvm
 systemctl is-active stacyvm || true
-pgrep --full --count 'sleep 4321'
+pgrep --full --count '^sleep 4321'
 systemctl start stacyvm
 answers
 kill -KILL "$(main)"
 timeout 60 sh -c 'until [ "$(systemctl show --property NRestarts --value stacyvm)" = 1 ]; do sleep 0.1; done'
 answers
 stacyvm exec "$id" -- echo after the crash
-pgrep --full --count 'sleep 4321'
+pgrep --full --count '^sleep 4321'
 stacyvm kill "$id" >/dev/null
 systemctl stop stacyvm
-pgrep --full --count 'sleep 4321' || true
+pgrep --full --count '^sleep 4321' || true
 systemctl show --property Result --value stacyvm
 "#;
 

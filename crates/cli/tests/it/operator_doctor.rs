@@ -189,7 +189,9 @@ async fn the_doctor_says_of_proot_what_a_server_says() {
     assert_eq!(site.remains(), Vec::<String>::new());
 
     // A key in the store counts as one in the configuration does.
-    site.run(&["key", "create", "me", "--data-dir", site.data_dir().to_str().expect("text")]).await.ok();
+    site.run(&["key", "create", "me", "--scope", "admin", "--data-dir", site.data_dir().to_str().expect("text")])
+        .await
+        .ok();
     assert_eq!(of_runtime(&look(&SHARED).await, "proot", "FAIL"), ["proot.workspace"]);
 
     let base = tempfile::tempdir().expect("a directory");
@@ -243,7 +245,7 @@ async fn the_doctor_looks_at_the_backend_that_is_configured() {
         assert_eq!(of_runtime(page, "custom", "FAIL"), [name], "{page:#}");
         assert!(check(page, name)["fix"].as_str().is_some_and(|it| it.contains(fix)), "{page:#}");
     };
-    fails_alone(&look(&backend.url, "not-the-key-of-it").await, "custom.backend_key", "api_key_file");
+    fails_alone(&look(&backend.url, "not-the-key-of-it").await, "custom.backend_health", "api_key_file");
     fails_alone(&look("http://127.0.0.1:1", backend::KEY).await, "custom.backend_connection", "start the backend");
     fails_alone(&look("nonsense", backend::KEY).await, "custom.base_url", "https://");
 
