@@ -77,7 +77,7 @@ const RUSTC: &str = "#!/bin/sh\necho host: test-unknown-linux-gnu\n";
 const CARGO: &str = "#!/bin/sh\nmkdir -p target/test-unknown-linux-gnu/release\n\
                      cp /opt/stacyvm target/test-unknown-linux-gnu/release/\n";
 
-/// `docker build`, of this repository without what was built in it.
+/// `docker build`, of this repository without what was done in it.
 async fn build(site: &Site, daemon: &Dockerd) {
     let mut tar = site.command("tar");
     tar.args(["--exclude=./target", "--exclude=./.git", "--exclude=node_modules", "-C"]);
@@ -89,10 +89,10 @@ async fn build(site: &Site, daemon: &Dockerd) {
     build.env("DOCKER_HOST", format!("unix://{}", daemon.socket().display()));
     build.env("DOCKER_BUILDKIT", "0").env("DOCKER_CONFIG", daemon.directory().join("client"));
     build.stdin(tar.stdout.take().expect("a pipe"));
-    let built = build.output().await.expect("docker starts");
+    let done = build.output().await.expect("docker starts");
     tar.wait().expect("tar ends");
-    let said = format!("{}{}", String::from_utf8_lossy(&built.stdout), String::from_utf8_lossy(&built.stderr));
-    assert!(built.status.success(), "{said}");
+    let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success(), "{said}");
 }
 
 /// What a privileged container has, without the one capability that some hosts
