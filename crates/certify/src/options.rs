@@ -57,6 +57,9 @@ pub struct RuntimeSettings {
     pub remote_url: String,
     /// Where the backend's key comes from; none where there is no key.
     pub remote_key: Option<KeySource>,
+    /// What the environment says about the target's provider: a server of our
+    /// own hears it, and nothing else of the environment.
+    pub variables: Vec<(String, String)>,
 }
 
 /// Where a key was written.

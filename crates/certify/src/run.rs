@@ -65,6 +65,8 @@ pub async fn certify(
     rows::baseline::look(&mut run, &subject).await;
     rows::sandbox::look(&mut run, &mut subject).await;
     rows::identity::look(&mut run, &subject).await;
+    rows::limits::look(&mut run, &subject).await;
+    rows::faults::look(&mut run, &subject).await;
     rows::preview::look(&mut run, &subject).await;
     rows::measure::look(&mut run, &mut subject).await;
     rows::restart::look(&mut run, &mut subject).await;

@@ -55,6 +55,12 @@ impl Target {
         }
     }
 
+    /// What its sandboxes are made from where nobody says otherwise. PRoot is
+    /// certified in the root that it has, not in an image beside it.
+    pub fn usual_image(self) -> &'static str {
+        if self == Self::Proot { "rootfs" } else { "alpine:latest" }
+    }
+
     /// A container daemon makes its sandboxes.
     pub(crate) fn has_daemon(self) -> bool {
         matches!(self, Self::Docker | Self::Gvisor | Self::Kata)

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 use serde_json::json;
+use stacyvm_api::{Finding, FindingLevel};
 
 use crate::output::{Output, Tone};
 
@@ -100,6 +101,17 @@ impl Check {
             let _ = writeln!(text, "    fix: {fix}");
         }
         text
+    }
+}
+
+impl From<Finding> for Check {
+    fn from(finding: Finding) -> Self {
+        let status = match finding.level {
+            FindingLevel::Ok => Status::Pass,
+            FindingLevel::Warning => Status::Warn,
+            FindingLevel::Failure => Status::Fail,
+        };
+        Self { status, name: finding.name, message: finding.message, place: None, fix: finding.fix }
     }
 }
 

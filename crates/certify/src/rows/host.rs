@@ -56,7 +56,7 @@ pub(crate) async fn look(run: &mut Run<'_>, checks: &[HostCheck]) {
     run.settle("FC-H5", || Ok(agent(settings)));
     run.settle("FC-H6", || Ok(guest_networks()));
     run.settle("PR-H2", || Ok(directory(&settings.proot_rootfs)));
-    run.settle("PR-H3", || Ok(writable(&settings.proot_workspace_base)));
+    run.settle("PR-H3", || Ok(workspace(settings, checks)));
     run.settle("PR-H4", || Ok(languages(settings)));
     run.look("EX-H1", reachable(&settings.remote_url)).await;
     let target = run.target;
@@ -157,6 +157,18 @@ fn writable(path: &Path) -> Seen {
             let fix = format!("mkdir -p {}, for the user who runs the server", path.display());
             Seen::fail(format!("{} cannot be written to: {error}", path.display()), fix)
         }
+    }
+}
+
+/// Without a base of their own, workspaces are in the server's data directory,
+/// which is the doctor's to judge.
+fn workspace(settings: &RuntimeSettings, checks: &[HostCheck]) -> Seen {
+    if settings.proot_workspace_base.as_os_str().is_empty() {
+        return summed(checks, &["proot.workspace"]);
+    }
+    match writable(&settings.proot_workspace_base) {
+        seen if seen.status == Status::Pass => summed(checks, &["proot.workspace"]),
+        seen => seen,
     }
 }
 

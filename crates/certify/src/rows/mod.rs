@@ -1,8 +1,10 @@
 //! How each row is looked at, by what it is about.
 
 pub(crate) mod baseline;
+pub(crate) mod faults;
 pub(crate) mod host;
 pub(crate) mod identity;
+pub(crate) mod limits;
 pub(crate) mod measure;
 pub(crate) mod preview;
 pub(crate) mod restart;
@@ -103,12 +105,26 @@ pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, expected: &T, got
 
 /// A sandbox of this run.
 pub(crate) async fn make(client: &Client, run: Making<'_>) -> Result<SandboxClient, Trouble> {
+    make_limited(client, run, Caps::default()).await
+}
+
+/// Limits of a sandbox in MiB; the server's defaults where there are none.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Caps {
+    pub(crate) memory_mib: Option<u64>,
+    pub(crate) disk_mib: Option<u64>,
+}
+
+/// A sandbox of this run that holds to limits.
+pub(crate) async fn make_limited(client: &Client, run: Making<'_>, caps: Caps) -> Result<SandboxClient, Trouble> {
     let request = CreateRequest {
         image: Some(run.image.to_owned()),
         provider: Some(run.target.provider().to_owned()),
         ttl: Some(SANDBOX_TTL),
         metadata: Some(BTreeMap::from([(RUN_KEY.to_owned(), run.mark.to_owned())])),
         allow_unenforced: Some(true),
+        memory_mb: caps.memory_mib,
+        disk_size_mb: caps.disk_mib,
         ..CreateRequest::default()
     };
     let record = client.create(&request).await?;

@@ -6,6 +6,7 @@ use stacyvm_api::WriteRequest;
 use stacyvm_client::{Client, SandboxClient};
 
 use super::{Looked, Making, Seen, make, same, shell};
+use crate::Target;
 use crate::run::Run;
 use crate::server::Subject;
 
@@ -26,6 +27,11 @@ pub(crate) async fn look(run: &mut Run<'_>, subject: &Subject) {
     let client = subject.client();
     let (mark, image) = (run.mark.clone(), run.options.image.clone());
     let making = Making::of(run.target, &image, &mark);
+    let can_dial = !run.target.is_remote() || dials(&client, run.target).await;
+    if !can_dial {
+        let fix = "use a backend with the feature `dial` or `agent`, if previews are wanted";
+        return run.note(&id, Seen::warn("this backend gives no way to ports, so there are no previews", fix));
+    }
     run.look(&id, shown(&client, making)).await;
     // Our own proxy is the one that has to reach sandboxes; where another one is
     // in front of it, it passes requests on to ours.
@@ -34,6 +40,12 @@ pub(crate) async fn look(run: &mut Run<'_>, subject: &Subject) {
         _ => Seen::fail("the server's own proxy does not reach a probe inside", format!("see {id}")),
     };
     run.note("DK-H4", seen);
+}
+
+/// What the provider says of itself; where it says nothing, it is tried.
+async fn dials(client: &Client, target: Target) -> bool {
+    let detail = client.provider(target.provider()).await;
+    detail.map_or(true, |detail| detail.health.capabilities.iter().any(|it| it == "dial"))
 }
 
 async fn shown(client: &Client, making: Making<'_>) -> Looked {

@@ -6,7 +6,6 @@ use stacyvm_api::{ErrorCode, SandboxState, WriteRequest};
 use stacyvm_client::{Client, SandboxClient};
 
 use super::{Looked, Making, Seen, Trouble, daemon, eventually, make, output, same};
-use crate::Target;
 use crate::host::{Daemon, speaking_of};
 use crate::run::Run;
 use crate::server::Subject;
@@ -21,7 +20,8 @@ const CONTENT: &str = "certified: ümläuts, a tab\tand two lines\nof it\n";
 
 pub(crate) async fn look(run: &mut Run<'_>, subject: &mut Subject) {
     let made = run.own("R2");
-    if !run.has(&made) || run.target.is_remote() || run.target == Target::Firecracker {
+    // Where there are no rows for the steps, the same numbers mean other things.
+    if !run.has(&run.own("R12")) {
         return;
     }
     let client = subject.client();
@@ -144,9 +144,7 @@ pub(crate) fn remains(subject: &Subject, daemon: Option<&Daemon>, sandbox: &Sand
     let id = sandbox.id().to_string();
     match (subject, daemon) {
         (_, Some(daemon)) => Remains::Daemon { daemon: daemon.clone(), id },
-        (Subject::Own(server), None) => {
-            Remains::Host { directory: server.data_dir().join("oci/sandboxes").join(&id), id }
-        }
+        (Subject::Own(server), None) => Remains::Host { directory: server.sandboxes_dir().join(&id), id },
         (Subject::Given { .. }, None) => Remains::Unknown,
     }
 }

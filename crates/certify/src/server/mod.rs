@@ -1,12 +1,14 @@
 //! The server that is asked: one of our own, which can be restarted and broken,
 //! or one that somebody else runs.
 
+mod faulty;
 mod own;
 
 use std::time::Duration;
 
 use stacyvm_client::{Client, ClientOptions};
 
+pub(crate) use faulty::{Call, Fault, FaultyBackend, LEAK};
 pub(crate) use own::OwnServer;
 
 use crate::host::{run, tail};

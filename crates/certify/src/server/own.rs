@@ -13,7 +13,7 @@ use tokio::process::{Child, Command};
 
 use super::{Closed, START_LIMIT, chain, wait_until_ready};
 use crate::host::{run, tail};
-use crate::{CertifyOptions, Target};
+use crate::{CertifyOptions, RuntimeSettings, Target};
 
 const STOP_LIMIT: Duration = Duration::from_mins(2);
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -25,6 +25,9 @@ pub(crate) struct OwnServer {
     program: PathBuf,
     config: Option<PathBuf>,
     settings: Vec<(String, String)>,
+    target: Target,
+    /// Where sandboxes are instead of the data directory; ours, and removed.
+    workspace: Option<PathBuf>,
     process: Option<Child>,
     pub(crate) client: Client,
     pub(crate) url: String,
@@ -32,23 +35,9 @@ pub(crate) struct OwnServer {
 }
 
 impl OwnServer {
+    /// Starts it, and waits until it is ready.
     pub(crate) async fn start(target: Target, options: &CertifyOptions) -> Result<Self, String> {
-        let said = |error: std::io::Error| format!("no directory for a server: {error}");
-        let home = tempfile::Builder::new().prefix("stacyvm-certify-").tempdir().map_err(said)?;
-        // Two ids are as hard to guess as a key has to be.
-        let api_key = format!("{}{}", SandboxId::random(), SandboxId::random()).replace("sb-", "");
-        let client = Client::new(&ClientOptions::new("http://127.0.0.1:1")).map_err(|error| error.to_string())?;
-        let settings = settings(target, options, &api_key);
-        let mut server = Self {
-            home,
-            program: options.program.clone(),
-            config: options.config.clone(),
-            settings,
-            process: None,
-            client,
-            url: String::new(),
-            api_key,
-        };
+        let mut server = Self::prepare(target, options)?;
         if let Some(archive) = &options.image_archive {
             server.import(archive).await?;
         }
@@ -56,18 +45,74 @@ impl OwnServer {
         Ok(server)
     }
 
+    /// Starts one whose backend is another one. It need not get ready, and knows
+    /// nothing of the configuration, in which the right key may be.
+    pub(crate) async fn start_with_backend(
+        target: Target,
+        options: &CertifyOptions,
+        backend: &[(&str, &str)],
+    ) -> Result<Self, String> {
+        let options = CertifyOptions {
+            config: None,
+            settings: RuntimeSettings { variables: Vec::new(), ..options.settings.clone() },
+            ..options.clone()
+        };
+        let mut server = Self::prepare(target, &options)?;
+        let prefix = format!("STACYVM_PROVIDERS_{}_", target.provider().to_uppercase());
+        server.settings.extend(backend.iter().map(|(name, value)| (format!("{prefix}{name}"), (*value).to_owned())));
+        server.listen().await?;
+        Ok(server)
+    }
+
+    fn prepare(target: Target, options: &CertifyOptions) -> Result<Self, String> {
+        let said = |error: std::io::Error| format!("no directory for a server: {error}");
+        let home = tempfile::Builder::new().prefix("stacyvm-certify-").tempdir().map_err(said)?;
+        // Two ids are as hard to guess as a key has to be.
+        let api_key = format!("{}{}", SandboxId::random(), SandboxId::random()).replace("sb-", "");
+        let client = Client::new(&ClientOptions::new("http://127.0.0.1:1")).map_err(|error| error.to_string())?;
+        let mut settings = settings(target, options, &api_key);
+        let workspace = workspace(target, options);
+        if let Some(path) = &workspace {
+            settings.push(("STACYVM_PROVIDERS_PROOT_WORKSPACE_BASE".to_owned(), path.display().to_string()));
+        }
+        Ok(Self {
+            home,
+            program: options.program.clone(),
+            config: options.config.clone(),
+            settings,
+            target,
+            workspace,
+            process: None,
+            client,
+            url: String::new(),
+            api_key,
+        })
+    }
+
     pub(crate) fn data_dir(&self) -> PathBuf {
         self.home.path().join("data")
+    }
+
+    /// Where its sandboxes' files are, if they are on this host.
+    pub(crate) fn sandboxes_dir(&self) -> PathBuf {
+        let kept = || self.data_dir().join(self.target.provider());
+        self.workspace.clone().unwrap_or_else(kept).join("sandboxes")
+    }
+
+    /// What it has said so far.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.log_file()).unwrap_or_default()
     }
 
     fn log_file(&self) -> PathBuf {
         self.home.path().join("server.log")
     }
 
-    /// Nothing of this process's environment reaches it.
+    /// Nothing of this process's environment reaches it but what is said there
+    /// of the target's provider. Paths there are of the directory we are in.
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
-        command.env_clear().env("PATH", PATH).env("HOME", self.home.path()).current_dir(self.home.path());
+        command.env_clear().env("PATH", PATH).env("HOME", self.home.path());
         if let Some(config) = &self.config {
             command.env("STACYVM_CONFIG", config);
         }
@@ -84,6 +129,12 @@ impl OwnServer {
 
     /// Starts it in the place where it was, and waits until it is ready.
     pub(crate) async fn start_again(&mut self) -> Result<(), String> {
+        self.listen().await?;
+        let client = self.client.clone();
+        wait_until_ready(&client, || self.ended()).await
+    }
+
+    async fn listen(&mut self) -> Result<(), String> {
         let said = |error: std::io::Error| format!("{} cannot be started: {error}", self.program.display());
         let announced = self.home.path().join("announced");
         let log = File::options().create(true).append(true).open(self.log_file()).map_err(said)?;
@@ -95,8 +146,7 @@ impl OwnServer {
         self.url = self.announced_url(&announced).await?;
         let options = ClientOptions { api_key: Some(self.api_key.clone()), ..ClientOptions::new(self.url.clone()) };
         self.client = Client::new(&options).map_err(|error| error.to_string())?;
-        let client = self.client.clone();
-        wait_until_ready(&client, || self.ended()).await
+        Ok(())
     }
 
     async fn announced_url(&mut self, announced: &Path) -> Result<String, String> {
@@ -140,7 +190,7 @@ impl OwnServer {
 
     /// Process ids of a sandbox of ours on this host.
     pub(crate) fn init_of(&self, id: &SandboxId) -> Option<u32> {
-        let record = fs::read(self.data_dir().join("oci/sandboxes").join(id.as_str()).join("init.json")).ok()?;
+        let record = fs::read(self.sandboxes_dir().join(id.as_str()).join("init.json")).ok()?;
         let record: serde_json::Value = serde_json::from_slice(&record).ok()?;
         record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())
     }
@@ -169,8 +219,13 @@ impl OwnServer {
                 let _ = process.kill().await;
             }
         }
-        let sandboxes = fs::read_dir(self.data_dir().join("oci/sandboxes")).into_iter().flatten().flatten();
+        let sandboxes = fs::read_dir(self.sandboxes_dir()).into_iter().flatten().flatten();
         left.extend(sandboxes.map(|entry| entry.path().display().to_string()));
+        if let Some(workspace) = &self.workspace
+            && let Err(error) = fs::remove_dir_all(workspace)
+        {
+            left.push(format!("{}: {error}", workspace.display()));
+        }
         let data_dir = self.data_dir().display().to_string();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         left.extend(mounts.lines().filter(|line| line.contains(&data_dir)).map(str::to_owned));
@@ -190,18 +245,34 @@ impl Drop for OwnServer {
 /// What makes it a server of the target and of nothing else: with another
 /// provider beside it, readiness would say nothing about this one.
 fn settings(target: Target, options: &CertifyOptions, api_key: &str) -> Vec<(String, String)> {
+    let on = |provider: &str| (target.provider() == provider).to_string();
     let mut settings = vec![
         ("STACYVM_PROVIDERS_DEFAULT", target.provider().to_owned()),
         ("STACYVM_AUTH_API_KEY", api_key.to_owned()),
         ("STACYVM_PROVIDERS_MOCK_ENABLED", "false".to_owned()),
-        ("STACYVM_PROVIDERS_OCI_ENABLED", (target == Target::Oci).to_string()),
+        ("STACYVM_PROVIDERS_OCI_ENABLED", on("oci")),
+        ("STACYVM_PROVIDERS_DOCKER_ENABLED", on("docker")),
+        ("STACYVM_PROVIDERS_PROOT_ENABLED", on("proot")),
+        ("STACYVM_PROVIDERS_CUSTOM_ENABLED", on("custom")),
+        // The contract suite makes more at once than this admits by default.
+        ("STACYVM_PROVIDERS_PROOT_MAX_SANDBOXES", "0".to_owned()),
+        // We ask for it by this name, whatever callers know it as.
+        ("STACYVM_PROVIDERS_CUSTOM_NAME", "custom".to_owned()),
         ("STACYVM_PROVIDERS_OCI_CGROUP_PARENT", format!("stacyvm-certify-{}", std::process::id())),
     ];
     if target.has_daemon() {
         let of = &options.settings;
-        settings.push(("STACYVM_PROVIDERS_DOCKER_ENABLED", "true".to_owned()));
         settings.push(("STACYVM_PROVIDERS_DOCKER_RUNTIME", of.runtime_for(target)));
         settings.push(("STACYVM_PROVIDERS_DOCKER_SOCKET", of.docker_socket.display().to_string()));
     }
-    settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    let ours = settings.into_iter().map(|(name, value)| (name.to_owned(), value));
+    options.settings.variables.iter().cloned().chain(ours).collect()
+}
+
+/// A directory of our own in the configured base: what else is there belongs to
+/// other servers.
+fn workspace(target: Target, options: &CertifyOptions) -> Option<PathBuf> {
+    let base = &options.settings.proot_workspace_base;
+    let is_set = target == Target::Proot && !base.as_os_str().is_empty();
+    is_set.then(|| base.join(SandboxId::random().to_string().replace("sb-", "certify-")))
 }

@@ -14,7 +14,7 @@ use crate::config::reserved::RESERVED;
 use crate::config::setting::{MemorySize, Processors, Secret, Setting, Shape, choice};
 
 /// One setting as documents and messages see it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Entry {
     pub(crate) key: &'static str,
     pub(crate) shape: Shape,
@@ -43,7 +43,7 @@ macro_rules! config {
         }
     )+) => {
         /// The whole configuration, every default applied.
-        #[derive(Debug)]
+        #[derive(Debug, Clone)]
         pub(crate) struct Config {
             $(pub(crate) $section: $name,)+
         }
@@ -61,7 +61,7 @@ macro_rules! config {
         }
 
         $(
-            #[derive(Debug)]
+            #[derive(Debug, Clone)]
             pub(crate) struct $name {
                 $( $(#[doc = $doc])+ pub(crate) $field: $type,)+
             }

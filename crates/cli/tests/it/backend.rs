@@ -11,16 +11,17 @@ use stacyvm_client::ClientError;
 
 use crate::support::{Server, Site, create, eventually, output, pid_of, small};
 
-const KEY: &str = "key-of-the-test";
+/// What the backend asks for.
+pub(crate) const KEY: &str = "key-of-the-test";
 
 /// A backend that runs, until the value is dropped.
-struct BackendProcess {
+pub(crate) struct BackendProcess {
     process: Child,
-    url: String,
+    pub(crate) url: String,
 }
 
 impl BackendProcess {
-    async fn start(site: &Arc<Site>, arguments: &[&str]) -> Self {
+    pub(crate) async fn start(site: &Arc<Site>, arguments: &[&str]) -> Self {
         Self::listen(site, "127.0.0.1:0", arguments).await
     }
 

@@ -74,6 +74,17 @@ impl Page {
     }
 }
 
+/// Writes down what it is told. What the unit does is operator_packaging.rs.
+const SYSTEMCTL: &str = "#!/bin/sh\necho systemctl \"$@\"\n";
+
+/// Has `/etc` and `/usr/local` as they are, and whatever is changed there is
+/// gone with the shell.
+const OWN_ETC: &str = "mount -t tmpfs tmpfs /mnt\n\
+    for dir in etc usr/local; do\n\
+    mkdir -p /mnt/$dir/upper /mnt/$dir/work\n\
+    mount -t overlay overlay -o lowerdir=/$dir,upperdir=/mnt/$dir/upper,workdir=/mnt/$dir/work /$dir\n\
+    done\n";
+
 /// Runs a script where `stacyvm`, `docker` and the files of the examples are.
 async fn run_script(site: &Site, url: &str, script: &str) -> Ran {
     let here = tempfile::tempdir_in(site.home()).expect("a directory");
@@ -83,13 +94,16 @@ async fn run_script(site: &Site, url: &str, script: &str) -> Ran {
     symlink(env!("CARGO_BIN_EXE_stacyvm"), path("bin/stacyvm")).expect("a link");
     symlink(in_repository("deploy").canonicalize().expect("there"), path("deploy")).expect("a link");
     symlink(in_repository("scripts").canonicalize().expect("there"), path("scripts")).expect("a link");
-    fs::write(path("bin/docker"), DOCKER).expect("written");
-    fs::set_permissions(path("bin/docker"), fs::Permissions::from_mode(0o755)).expect("its mode");
+    for (name, text) in [("bin/docker", DOCKER), ("bin/systemctl", SYSTEMCTL)] {
+        fs::write(path(name), text).expect("written");
+        fs::set_permissions(path(name), fs::Permissions::from_mode(0o755)).expect("its mode");
+    }
     fs::copy(Site::archive(), path("alpine.tar")).expect("copied");
     fs::write(path("project/main.py"), "print('the project ran')\n").expect("written");
     fs::write(path("job.py"), "print('the job ran')\n").expect("written");
-    let mut bash = site.command("bash");
-    bash.args(["-c", &format!("set -euxo pipefail\n{script}")]).current_dir(here.path());
+    // Mounts of a script are its own.
+    let mut bash = site.command("unshare");
+    bash.args(["--mount", "bash", "-c", &format!("set -euxo pipefail\n{script}")]).current_dir(here.path());
     let bin: PathBuf = path("bin");
     bash.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display())).env("STACYVM_URL", url);
     run(bash.into(), b"").await.ok()
@@ -199,10 +213,44 @@ async fn the_page_about_docker_runs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_pages_for_operators_run() {
     let server = Server::shared().await;
-    for page in ["docs/operations.md", "docs/troubleshooting.md"] {
-        let ran = run_script(&server.site, &server.url, &Page::open(page).script()).await;
-        assert!(ran.stdout().contains("works\n"), "{page}: {ran}");
+    let operations = Page::open("docs/operations.md").without("Install").without("Backup and restore");
+    for page in [operations, Page::open("docs/troubleshooting.md")] {
+        let ran = run_script(&server.site, &server.url, &page.script()).await;
+        assert!(ran.stdout().contains("works\n"), "{}: {ran}", page.name);
     }
+}
+
+/// From the archive that `make dist` makes to a configuration that passes.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_installation_by_the_page_for_operators_is_whole() {
+    let site = Site::new();
+    let archives = site.home().join("dist");
+    let mut dist = tokio::process::Command::new(in_repository("scripts/dist.sh"));
+    dist.arg(&archives).arg(env!("CARGO_BIN_EXE_stacyvm"));
+    run(dist, b"").await.ok();
+    let script = Page::open("docs/operations.md").section("Install").script();
+    let script = format!(
+        "{OWN_ETC}unset ${{!STACYVM_@}}\ncp {}/* .\n{script}\
+         /usr/local/bin/stacyvm --version\n\
+         ls /usr/local/share/man/man1/stacyvm-serve.1 /etc/systemd/system/stacyvm.service\n\
+         stat -c %a /etc/stacyvm/stacyvm.yaml /etc/stacyvm/api.key\n",
+        archives.display()
+    );
+    let ran = run_script(&site, "http://127.0.0.1:1", &script).await;
+    for part in ["systemctl enable --now stacyvm\n", "\nstacyvm ", "/man1/stacyvm-serve.1\n", "\n600\n600\n"] {
+        assert!(ran.stdout().contains(part), "{part}: {ran}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backup_and_restore_by_the_page_for_operators_work() {
+    let site = Site::new();
+    // There has to be a store, and nobody who holds it.
+    let server = Server::start(&site, &[]).await;
+    server.stop(rustix::process::Signal::TERM).await;
+    let script = Page::open("docs/operations.md").section("Backup and restore").script();
+    let ran = run_script(&site, "http://127.0.0.1:1", &script).await;
+    assert!(ran.stdout().contains("systemctl stop stacyvm\n") && ran.stdout().contains("restored"), "{ran}");
 }
 
 /// A report made for this is as good as one that took minutes.

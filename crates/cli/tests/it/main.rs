@@ -12,6 +12,7 @@ mod hostile;
 mod leaks;
 mod operator_certify;
 mod operator_config;
+mod operator_container;
 mod operator_db;
 mod operator_doctor;
 mod operator_packaging;

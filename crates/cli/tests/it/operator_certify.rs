@@ -2,12 +2,15 @@
 //! works, and one thing broken at a time.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::backend::{self, BackendProcess};
+use crate::docker::dockerd::Dockerd;
 use crate::support::{Ran, Server, Site, in_repository, run};
 
 const KEY: &str = "key-of-the-test";
@@ -109,8 +112,10 @@ async fn what_cannot_be_run_is_never_a_pass() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_thing_that_is_broken_fails_one_row() {
     let site = Site::new();
+    // Of the host alone: a server with what is broken does not start either.
     let failed = async |target: &str, variables: &[(&str, &str)]| {
-        let found = report(&certify(&site, &[target, "--json"], variables).await);
+        let arguments = [target, "--json", "--stacyvm-url", "http://127.0.0.1:1"];
+        let found = report(&certify(&site, &arguments, variables).await);
         let failed = with(&found, "FAIL");
         for id in &failed {
             assert!(row(&found, id)["fix"].as_str().is_some_and(|fix| !fix.is_empty()), "{id}: {found:#}");
@@ -179,7 +184,8 @@ async fn every_row_of_a_backend_that_cannot_be_used_is_known() {
             .iter()
             .map(|check| (check["name"].as_str().expect("an id"), check["status"].as_str().expect("a status")))
             .collect();
-        let behind = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "EX-R1", "EX-R2", "EX-R3"];
+        let behind =
+            ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "EX-R1", "EX-R2", "EX-R3", "EX-R13a", "EX-R14", "M1"];
         let expected: Vec<(&str, &str)> = ["EX-H1", "EX-H2", "EX-H3"]
             .into_iter()
             .zip(of_host)
@@ -192,6 +198,70 @@ async fn every_row_of_a_backend_that_cannot_be_used_is_known() {
             assert!(row(&found, id)["fix"].as_str().is_some_and(|fix| !fix.is_empty()), "{what}, {id}: {found:#}");
         }
     }
+}
+
+/// A certification whose contract suite alone takes longer than `run` waits.
+async fn certify_whole(site: &Arc<Site>, arguments: &[&str], variables: &[(&str, &str)]) -> (Value, Option<i32>) {
+    let mut command = site.program();
+    command.env_remove("STACYVM_DATA_DIR").arg("certify").args(arguments).arg("--json").envs(variables.iter().copied());
+    let done = tokio::process::Command::from(command).output().await.expect("it starts");
+    let found = serde_json::from_slice(&done.stdout);
+    (found.unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&done.stderr))), done.status.code())
+}
+
+/// A backend that works is certified, with faults that are injected; the same
+/// one with a key that is not its own fails where keys are spoken of.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_is_certified_with_injected_faults() {
+    let backend_site = Site::with_image();
+    let backend = BackendProcess::start(&backend_site, &[]).await;
+    let site = Site::new();
+    let with_key =
+        |key| [("STACYVM_PROVIDERS_CUSTOM_BASE_URL", backend.url.as_str()), ("STACYVM_PROVIDERS_CUSTOM_API_KEY", key)];
+    let (found, status) = certify_whole(&site, &["custom", "--samples", "1"], &with_key(backend::KEY)).await;
+    assert_eq!((with(&found, "FAIL"), with(&found, "UNAVAILABLE"), status), (vec![], vec![], Some(0)), "{found:#}");
+    // Plain HTTP, no result of the test suite, no limits to hold against.
+    assert_eq!(with(&found, "WARN"), ["EX-H3", "B1", "M1"], "{found:#}");
+    let evidence = |id: &str| row(&found, id)["evidence"].as_array().expect("evidence").clone();
+    assert_eq!(evidence("EX-R1").len(), 2, "{found:#}");
+    assert_eq!(evidence("EX-R3").len(), 30, "ten failures at three calls: {found:#}");
+    let signoff = &found["signoff"];
+    assert_eq!((&signoff["live_preview"], &signoff["restart_reconciliation"]), (&"PASS".into(), &"PASS".into()));
+
+    let (found, status) = certify_whole(&site, &["custom", "--samples", "1"], &with_key("not-the-key")).await;
+    assert_eq!((with(&found, "FAIL"), status), (vec!["B0".to_owned()], Some(1)), "{found:#}");
+    let said = row(&found, "B0")["message"].as_str().expect("text");
+    assert!(said.contains("refuses the key") && !found.to_string().contains("not-the-key"), "{found:#}");
+    drop(backend);
+    assert_eq!(backend_site.remains(), Vec::<String>::new());
+}
+
+/// PRoot in a root of its own, with the limits and the language that it has;
+/// one that it has not fails the two rows that are about it.
+#[tokio::test(flavor = "multi_thread")]
+async fn proot_is_certified_in_its_own_root() {
+    let site = Site::with_image();
+    let rootfs = site.home().join("rootfs").display().to_string();
+    site.run(&["rootfs", "build", "--image", "alpine:latest", &rootfs]).await.ok();
+    // A language, as far as this row knows one.
+    let program = Path::new(&rootfs).join("bin/lingua");
+    fs::write(&program, "#!/bin/sh\necho lingua 1.0\n").expect("written");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("its mode");
+    let base = site.home().join("workspaces");
+    fs::create_dir(&base).expect("made");
+    let with_language = |language| {
+        [
+            ("STACYVM_PROOT_ROOTFS", rootfs.as_str()),
+            ("STACYVM_PROOT_WORKSPACE_BASE", base.to_str().expect("text")),
+            ("STACYVM_PROVIDERS_PROOT_LANGUAGES", language),
+        ]
+    };
+    let (found, status) = certify_whole(&site, &["proot", "--samples", "1"], &with_language("lingua")).await;
+    assert_eq!((with(&found, "FAIL"), with(&found, "UNAVAILABLE"), status), (vec![], vec![], Some(0)), "{found:#}");
+    let caps = row(&found, "PR-R3");
+    assert!(caps["message"].as_str().is_some_and(|it| it.contains("operational controls")), "{caps:#}");
+    assert_eq!(caps["evidence"].as_array().map(Vec::len), Some(2), "{caps:#}");
+    assert_eq!(fs::read_dir(&base).expect("readable").count(), 0, "nothing of the run is left in the base");
 }
 
 /// A server that is not there, a wrong key, and a server without the runtime.
@@ -229,19 +299,56 @@ async fn a_server_that_refuses_is_told_from_one_that_is_not_there() {
     server.stop(Signal::TERM).await;
 }
 
-/// A daemon that does not run.
+/// A daemon of which one thing at a time is taken away: exactly the rows that
+/// are about it fail, and each says what to do. No server is asked (B0).
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stopped_daemon_fails_its_rows() {
-    let site = Site::new();
-    let socket = site.home().join("docker.sock").display().to_string();
-    for target in ["docker", "gvisor", "kata"] {
-        let found = report(&certify(&site, &[target, "--json"], &[("DOCKER_HOST", &format!("unix://{socket}"))]).await);
-        assert_eq!(
-            (&row(&found, "DK-H1")["status"], &row(&found, "DK-H2")["status"]),
-            (&"FAIL".into(), &"FAIL".into())
-        );
-        assert!(row(&found, "DK-H2")["fix"].as_str().is_some_and(|fix| fix.contains("start the daemon")), "{found:#}");
+async fn one_thing_that_a_daemon_lacks_fails_its_rows() {
+    let (site, daemon) = (Site::new(), Dockerd::start());
+    let address = format!("unix://{}", daemon.socket().display());
+    let failed = async |target: &str, network: &str| {
+        let variables = [("DOCKER_HOST", address.as_str()), ("STACYVM_PROVIDERS_DOCKER_NETWORK_MODE", network)];
+        let found =
+            report(&certify(&site, &[target, "--json", "--stacyvm-url", "http://127.0.0.1:1"], &variables).await);
         assert_eq!(found["status"], "FAIL");
+        let failed = with(&found, "FAIL");
+        for id in &failed {
+            assert!(row(&found, id)["fix"].as_str().is_some_and(|fix| !fix.is_empty()), "{id}: {found:#}");
+        }
+        (failed.into_iter().filter(|id| id != "B0").collect::<Vec<_>>(), found)
+    };
+    let fix = |found: &Value, id: &str| row(found, id)["fix"].as_str().expect("a fix").to_owned();
+    for target in ["docker", "gvisor"] {
+        let (whole, found) = failed(target, "none").await;
+        assert_eq!(whole, Vec::<String>::new(), "{target}: {found:#}");
+    }
+    let (lacks, found) = failed("docker", "no-such-network").await;
+    assert_eq!(
+        (&lacks[..], fix(&found, "DK-H3").as_str()),
+        (&["DK-H3".to_owned()][..], "docker network create no-such-network")
+    );
+
+    let file = daemon.directory().join("daemon.json");
+    let mut settings: Value = serde_json::from_slice(&fs::read(&file).expect("readable")).expect("JSON");
+    let removed = settings["runtimes"].as_object_mut().expect("runtimes");
+    removed.retain(|name, _| !name.contains("runsc") && !name.contains("gvisor"));
+    fs::write(&file, settings.to_string()).expect("written");
+    daemon.kill();
+    daemon.restart();
+    let (lacks, found) = failed("gvisor", "none").await;
+    assert_eq!(lacks, ["GV-H1", "GV-H2", "GV-V1"], "{found:#}");
+    assert!(fix(&found, "GV-H1").contains("runsc install"), "{found:#}");
+    let (lacks, found) = failed("docker", "none").await;
+    assert_eq!(lacks, Vec::<String>::new(), "runc is still there: {found:#}");
+
+    daemon.kill();
+    for (target, rows) in [
+        ("docker", &["DK-H1", "DK-H2"][..]),
+        ("gvisor", &["DK-H1", "DK-H2", "GV-H2", "GV-V1"]),
+        ("kata", &["DK-H1", "DK-H2", "KT-H3", "KT-V1"]),
+    ] {
+        let (lacks, found) = failed(target, "none").await;
+        assert_eq!(lacks, rows, "{target}: {found:#}");
+        assert!(fix(&found, "DK-H2").contains("start the daemon"), "{found:#}");
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::Command;
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::backend::{self, BackendProcess};
 use crate::support::{Ran, Server, Site, run};
 
 /// The doctor looks at a port of this test's own.
@@ -151,6 +152,106 @@ async fn one_thing_that_is_broken_fails_and_says_how_to_mend_it() {
     .await;
     let page: Value = serde_json::from_str(page.stdout()).expect("JSON");
     assert_eq!(check(&page, "docker.daemon")["status"], "WARN");
+}
+
+/// Names of the checks of one runtime that are as bad as this.
+fn of_runtime(page: &Value, runtime: &str, status: &str) -> Vec<String> {
+    let checks = page["checks"].as_array().expect("a list").iter().filter(|check| check["status"] == status);
+    let names = checks.map(|check| check["name"].as_str().expect("a name").to_owned());
+    names.filter(|name| name.starts_with(&format!("{runtime}."))).collect()
+}
+
+/// With the same settings, and without one.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_says_of_proot_what_a_server_says() {
+    const SHARED: [(&str, &str); 2] =
+        [("STACYVM_PROVIDERS_DEFAULT", "proot"), ("STACYVM_PROVIDERS_PROOT_NAMESPACES", "false")];
+    const KEY: (&str, &str) = ("STACYVM_AUTH_API_KEY", "0123456789abcdef0123456789abcdef");
+    let site = Site::new();
+    let look = async |settings: &[(&str, &str)]| -> Value {
+        let ran = doctor(&site, &["--json"], |doctor| {
+            doctor.envs(settings.iter().copied());
+        })
+        .await;
+        serde_json::from_str(ran.stdout()).unwrap_or_else(|error| panic!("{error}: {ran}"))
+    };
+    // Commands would reach what this host reaches, and nobody is asked for a key;
+    // other users could not get to their files.
+    let open = look(&SHARED).await;
+    assert_eq!(of_runtime(&open, "proot", "FAIL"), ["proot.namespaces", "proot.workspace"], "{open:#}");
+    let fix = |page: &Value, name: &str| check(page, name)["fix"].as_str().expect("a fix").to_owned();
+    assert!(fix(&open, "proot.namespaces").contains("stacyvm key create"), "{open:#}");
+    assert!(fix(&open, "proot.workspace").contains("workspace_base"), "{open:#}");
+    assert!(runtime(&open, "proot")["missing"].as_str().is_some_and(|why| why.starts_with("proot.namespaces")));
+    let closed = look(&[SHARED[0], SHARED[1], KEY]).await;
+    assert_eq!(of_runtime(&closed, "proot", "FAIL"), ["proot.workspace"], "{closed:#}");
+    assert!(!site.data_dir().exists(), "looking makes no directory");
+    assert_eq!(site.remains(), Vec::<String>::new());
+
+    // A key in the store counts as one in the configuration does.
+    site.run(&["key", "create", "me", "--scope", "admin", "--data-dir", site.data_dir().to_str().expect("text")])
+        .await
+        .ok();
+    assert_eq!(of_runtime(&look(&SHARED).await, "proot", "FAIL"), ["proot.workspace"]);
+
+    let base = tempfile::tempdir().expect("a directory");
+    std::fs::set_permissions(base.path(), std::fs::Permissions::from_mode(0o755)).expect("open to all");
+    let base = base.path().join("base").display().to_string();
+    let whole = [SHARED[0], SHARED[1], KEY, ("STACYVM_PROVIDERS_PROOT_WORKSPACE_BASE", base.as_str())];
+    let doctors = look(&whole).await;
+    assert_eq!(of_runtime(&doctors, "proot", "FAIL"), Vec::<String>::new(), "{doctors:#}");
+    assert_eq!(runtime(&doctors, "proot")["usable"], true);
+    let server = Server::start_with(&site, |serve| {
+        serve.arg("--destroy-on-exit").env_remove("STACYVM_DEFAULTS_NETWORK").envs(whole.iter().copied());
+    })
+    .await;
+    let mut shown = server.program(&["providers", "proot", "--json"]);
+    shown.env("STACYVM_API_KEY", KEY.1);
+    let servers: Value = run(shown, b"").await.json();
+    let findings = servers["health"]["findings"].as_array().expect("a list");
+    for finding in findings {
+        let name = finding["name"].as_str().expect("a name");
+        let status = match finding["level"].as_str() {
+            Some("ok") => "PASS",
+            Some("warning") => "WARN",
+            _ => "FAIL",
+        };
+        assert_eq!(check(&doctors, name)["status"], status, "{finding} and {doctors:#}");
+    }
+    let names: Vec<&Value> = findings.iter().map(|finding| &finding["name"]).collect();
+    for name in ["proot.binary", "proot.rootfs", "proot.namespaces", "proot.landlock", "proot.workspace"] {
+        assert!(names.iter().any(|it| *it == name), "{name}: {servers:#}");
+    }
+    server.stop(Signal::TERM).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_looks_at_the_backend_that_is_configured() {
+    let (site, backend_site) = (Site::new(), Site::new());
+    let backend = BackendProcess::start(&backend_site, &["--provider", "mock"]).await;
+    let look = async |url: &str, key: &str| -> Value {
+        let ran = doctor(&site, &["--json"], |doctor| {
+            doctor.env("STACYVM_PROVIDERS_DEFAULT", "custom").env("STACYVM_PROVIDERS_CUSTOM_BASE_URL", url);
+            doctor.env("STACYVM_PROVIDERS_CUSTOM_API_KEY", key);
+        })
+        .await;
+        assert!(!ran.stdout().contains(key), "the key is told on: {ran}");
+        serde_json::from_str(ran.stdout()).unwrap_or_else(|error| panic!("{error}: {ran}"))
+    };
+    let well = look(&backend.url, backend::KEY).await;
+    assert_eq!(of_runtime(&well, "custom", "FAIL"), Vec::<String>::new(), "{well:#}");
+    assert_eq!(runtime(&well, "custom")["usable"], true, "{well:#}");
+    let fails_alone = |page: &Value, name: &str, fix: &str| {
+        assert_eq!(of_runtime(page, "custom", "FAIL"), [name], "{page:#}");
+        assert!(check(page, name)["fix"].as_str().is_some_and(|it| it.contains(fix)), "{page:#}");
+    };
+    fails_alone(&look(&backend.url, "not-the-key-of-it").await, "custom.backend_health", "api_key_file");
+    fails_alone(&look("http://127.0.0.1:1", backend::KEY).await, "custom.backend_connection", "start the backend");
+    fails_alone(&look("nonsense", backend::KEY).await, "custom.base_url", "https://");
+
+    let none: Value = doctor(&site, &["--json"], |_| {}).await.json();
+    assert_eq!(of_runtime(&none, "custom", "WARN"), ["custom.base_url"], "nobody asked for it: {none:#}");
+    assert_eq!(site.remains(), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -66,9 +66,9 @@ pub(crate) struct CertifyArgs {
     /// Configuration file of the server
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Image to make sandboxes from
-    #[arg(long, default_value = "alpine:latest")]
-    image: String,
+    /// Image to make sandboxes from; alpine:latest unless given, and for proot its own root, `rootfs`
+    #[arg(long)]
+    image: Option<String>,
     /// Archive to import that image from, where no registry can be reached
     #[arg(long, value_name = "FILE", conflicts_with = "stacyvm_url")]
     image_archive: Option<PathBuf>,
@@ -182,7 +182,7 @@ fn options(
         commit: BUILD.commit.to_owned(),
         given: args.stacyvm_url.clone().map(|url| GivenServer { url, api_key }),
         config: loaded.file.as_ref().map(absolute).transpose()?,
-        image: args.image.clone(),
+        image: args.image.clone().unwrap_or_else(|| target.usual_image().to_owned()),
         image_archive: args.image_archive.as_ref().map(absolute).transpose()?,
         samples: args.samples,
         slo_spawn_p95: args.slo_spawn_p95.map(Duration::get),

@@ -30,7 +30,22 @@ pub(super) fn of_runtimes(target: Target, loaded: &Loaded, environment: &Environ
         proot_languages: texts.list("providers.proot.languages"),
         remote_url: texts.get(&format!("{remote}.base_url")),
         remote_key: texts.key(&format!("{remote}.api_key")),
+        variables: variables_of(target, environment),
     }
+}
+
+/// Settings of the target's provider that are in the environment, by their own
+/// names.
+fn variables_of(target: Target, environment: &Environment) -> Vec<(String, String)> {
+    let prefix = variable(&format!("providers.{}.", target.provider()));
+    let aliases =
+        ALIASES.into_iter().filter_map(|(key, alias)| Some((variable(key), environment.get(alias)?.to_owned())));
+    let set = environment.variables.iter().map(|(name, value)| (name.clone(), value.clone()));
+    set.chain(aliases).filter(|(name, _)| name.starts_with(&prefix)).collect()
+}
+
+fn variable(key: &str) -> String {
+    format!("STACYVM_{}", key.replace('.', "_").to_uppercase())
 }
 
 fn docker_socket(configured: &str, environment: &Environment) -> PathBuf {
@@ -47,7 +62,7 @@ struct Texts<'a> {
 impl Texts<'_> {
     fn variable(&self, key: &str) -> Option<&str> {
         let alias = ALIASES.into_iter().find(|(of, _)| *of == key).and_then(|(_, name)| self.environment.get(name));
-        alias.or_else(|| self.environment.get(&format!("STACYVM_{}", key.replace('.', "_").to_uppercase())))
+        alias.or_else(|| self.environment.get(&variable(key)))
     }
 
     fn get(&self, key: &str) -> String {

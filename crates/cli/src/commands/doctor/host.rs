@@ -58,10 +58,6 @@ impl Host {
         self.at(path).is_file()
     }
 
-    pub(super) fn is_dir(&self, path: &Path) -> bool {
-        self.at(path).is_dir()
-    }
-
     pub(super) fn read(&self, path: &str) -> Option<String> {
         std::fs::read_to_string(self.at(Path::new(path))).ok()
     }

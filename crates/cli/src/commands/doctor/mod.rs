@@ -9,19 +9,21 @@ mod runtimes;
 mod server;
 
 use std::fmt::Write as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Args;
 use serde::Serialize;
+use stacyvm_engine::StoreFile;
 
 use crate::check::{Check, Checks, Status, Strictness};
 use crate::commands::Context;
-use crate::commands::serve::{KNOWN_PROVIDERS, enabled_providers};
+use crate::commands::serve::{KNOWN_PROVIDERS, database, enabled_providers};
 use crate::commands::settings::PlaceArgs;
-use crate::config::{self, ConfigError, Environment, Loaded};
+use crate::config::{self, Config, ConfigError, Environment, Loaded};
 use crate::output::{Output, Tone, bytes};
 use host::Host;
-use runtimes::{Found, Isolation, RUNTIMES, Standing, Wishes};
+use runtimes::{Found, Isolation, RUNTIMES, Server, Standing, Wishes};
 
 /// Of the rules of `config lint`, those that keep a server from starting or let
 /// anybody in (control-plane 3.4).
@@ -96,6 +98,7 @@ pub(crate) async fn diagnose(
     let host = Host::this(environment.get("PATH"), environment.get("DOCKER_HOST"));
     let mut checks = Checks::default();
     checks.push(machine());
+    let mut data_dir = None;
     match loaded {
         Err(_) => checks.extend(config::lint(loaded, strictness)),
         Ok(found) => {
@@ -104,9 +107,10 @@ pub(crate) async fn diagnose(
             let dir = PlaceArgs::data_dir(found, environment)?;
             checks.extend(server::check(&found.config, &dir, strictness));
             checks.extend(server::port(&found.config, &dir, &context.client()?).await);
+            data_dir = Some(dir);
         }
     }
-    let runtimes = look_at_runtimes(&host, loaded.as_ref().ok()).await;
+    let runtimes = look_at_runtimes(&host, loaded.as_ref().ok(), data_dir.as_deref(), environment).await;
     // On a machine of one's own, where only it can call, keys are no concern.
     let is_advice = |check: &Check| {
         strictness == Strictness::Development && check.status == Status::Warn && check.name.starts_with("auth.")
@@ -137,13 +141,48 @@ pub(crate) async fn runtime_checks(
 ) -> Vec<Check> {
     let Some(runtime) = RUNTIMES.iter().find(|runtime| runtime.name == name) else { return Vec::new() };
     let host = Host::this(environment.get("PATH"), environment.get("DOCKER_HOST"));
-    let wishes = Wishes { settings: loaded.as_ref().ok().map(|loaded| &loaded.settings) };
+    let loaded = loaded.as_ref().ok();
+    let dir = loaded.and_then(|loaded| PlaceArgs::data_dir(loaded, environment).ok());
+    let wishes = wishes(loaded, dir.as_deref(), environment).await;
     let daemon = runtimes::ask_daemon(&host, &wishes).await;
     runtime.look(&host, &wishes, &daemon, Standing { in_this_version: true, enabled: true }).await.checks
 }
 
-async fn look_at_runtimes(host: &Host, loaded: Option<&Loaded>) -> Vec<Found> {
-    let wishes = Wishes { settings: loaded.map(|loaded| &loaded.settings) };
+/// What is known of the server that would use the runtimes.
+async fn wishes<'a>(
+    loaded: Option<&'a Loaded>,
+    data_dir: Option<&'a Path>,
+    environment: &'a Environment,
+) -> Wishes<'a> {
+    let Some((loaded, data_dir)) = loaded.zip(data_dir) else {
+        return Wishes { settings: loaded.map(|loaded| &loaded.settings), server: None };
+    };
+    let config = &loaded.config;
+    let demands_key = demands_key(config, data_dir).await;
+    Wishes { settings: Some(&loaded.settings), server: Some(Server { config, environment, data_dir, demands_key }) }
+}
+
+/// Whether a server would ask callers for a key. A store that cannot be read
+/// has none that count.
+async fn demands_key(config: &Config, data_dir: &Path) -> bool {
+    let auth = &config.auth;
+    if let Some(enabled) = auth.enabled {
+        return enabled;
+    }
+    if auth.api_key.is_some() || auth.admin_api_key.is_some() {
+        return true;
+    }
+    let file = database(config, data_dir);
+    file.is_file() && StoreFile::new(file).keys().await.is_ok_and(|keys| keys.ever_made)
+}
+
+async fn look_at_runtimes(
+    host: &Host,
+    loaded: Option<&Loaded>,
+    data_dir: Option<&Path>,
+    environment: &Environment,
+) -> Vec<Found> {
+    let wishes = wishes(loaded, data_dir, environment).await;
     let enabled = loaded.map(|loaded| enabled_providers(&loaded.config)).unwrap_or_default();
     let daemon = runtimes::ask_daemon(host, &wishes).await;
     let mut found = Vec::with_capacity(RUNTIMES.len());

@@ -13,7 +13,7 @@ use stacyvm_providers::docker::DockerProvider;
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_providers::oci::{BridgeOptions, DiskOptions, HostImageOptions, OciOptions, OciProvider, OciRuntime};
 use stacyvm_providers::proot::{Permission, ProotOptions, ProotProvider};
-use stacyvm_sandbox::Provider;
+use stacyvm_sandbox::{HealthReport, Provider};
 
 use super::docker;
 use super::options::image_store;
@@ -159,6 +159,26 @@ pub(crate) fn default_kind(config: &Config) -> Option<&str> {
 /// The custom provider has a name of its own, too.
 pub(crate) fn is_custom(config: &Config, name: &str) -> bool {
     configured(config, name) == "custom"
+}
+
+/// What a provider says of this host, or of its backend, without a server: it
+/// is opened in a directory that is gone afterwards, so that no sandbox of
+/// anybody's is seen.
+pub(crate) async fn examine_one(
+    name: &str,
+    config: &Config,
+    environment: &Environment,
+    demands_key: bool,
+) -> anyhow::Result<HealthReport> {
+    let scratch = tempfile::Builder::new().prefix("stacyvm-doctor-").tempdir().context("a directory to look from")?;
+    let mut config = config.clone();
+    config.proot.workspace_base = None;
+    config.oci.run_dir = Some(scratch.path().join("run"));
+    let shared_network = if demands_key { Permission::given() } else { Permission::default() };
+    let provider = open_one(name, &config, scratch.path(), environment, &shared_network).await?;
+    let report = provider.check().await;
+    provider.shutdown().await;
+    Ok(report)
 }
 
 /// In the order in which `auto` prefers them. The default is always enabled.

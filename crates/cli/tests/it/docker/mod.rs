@@ -6,7 +6,6 @@ mod outage;
 mod restart;
 
 #[path = "../../../../providers/tests/it/dockerd.rs"]
-#[expect(dead_code, reason = "shared with the tests of the provider, which use the rest")]
 pub(crate) mod dockerd;
 
 use std::process::Command;

@@ -76,7 +76,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_named_one_by_one() {
         let root = tempfile::tempdir().unwrap();
-        let (host, wishes) = (Host::below(root.path()), Wishes { settings: None });
+        let (host, wishes) = (Host::below(root.path()), Wishes::default());
         let failed = || -> Vec<String> {
             let checks = check(&host, &wishes, Monitor::Firecracker);
             checks.into_iter().filter(|check| check.status == Status::Fail).map(|check| check.name).collect()

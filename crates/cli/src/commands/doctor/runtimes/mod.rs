@@ -1,19 +1,20 @@
 //! Every runtime there is to know of, strongest isolation first. A new one is a
 //! new row.
 
+mod custom;
 mod docker;
 mod microvm;
 mod oci;
 mod proot;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use super::host::{DaemonInfo, Host};
 use crate::check::{Check, Status};
-use crate::config::{Settings, default_of};
+use crate::config::{Config, Environment, Settings, default_of};
 
 /// What stands between a sandbox and the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -27,6 +28,8 @@ pub(super) enum Isolation {
     Container,
     /// Paths are translated; nothing is kept out.
     PathTranslation,
+    /// Whatever the machines have that sandboxes are on.
+    Elsewhere,
     /// Nothing runs at all.
     Imitation,
 }
@@ -38,6 +41,7 @@ impl fmt::Display for Isolation {
             Self::UserKernel => "kernel in user space",
             Self::Container => "container",
             Self::PathTranslation => "path translation",
+            Self::Elsewhere => "the backend's",
             Self::Imitation => "none, runs nothing",
         })
     }
@@ -61,11 +65,12 @@ enum Requirement {
     Daemon(docker::Wanted),
     Kernel,
     Proot,
+    Backend,
     Nothing,
 }
 
 /// Every runtime, strongest isolation first.
-pub(super) const RUNTIMES: [Runtime; 8] = [
+pub(super) const RUNTIMES: [Runtime; 9] = [
     Runtime {
         name: "firecracker",
         provider: "firecracker",
@@ -116,6 +121,13 @@ pub(super) const RUNTIMES: [Runtime; 8] = [
         check: Requirement::Proot,
     },
     Runtime {
+        name: "custom",
+        provider: "custom",
+        isolation: Isolation::Elsewhere,
+        settings: &[("providers.default", "custom"), ("providers.custom.enabled", "true")],
+        check: Requirement::Backend,
+    },
+    Runtime {
         name: "mock",
         provider: "mock",
         isolation: Isolation::Imitation,
@@ -125,9 +137,20 @@ pub(super) const RUNTIMES: [Runtime; 8] = [
 ];
 
 /// What a runtime's checks know about the server that would use it.
+#[derive(Default)]
 pub(super) struct Wishes<'a> {
     /// None when the configuration cannot be read.
     pub(super) settings: Option<&'a Settings>,
+    pub(super) server: Option<Server<'a>>,
+}
+
+/// A server that is not there, as it would be.
+pub(super) struct Server<'a> {
+    pub(super) config: &'a Config,
+    pub(super) environment: &'a Environment,
+    pub(super) data_dir: &'a Path,
+    /// Whether callers would need a key.
+    pub(super) demands_key: bool,
 }
 
 impl Wishes<'_> {
@@ -183,7 +206,11 @@ impl Runtime {
     pub(super) fn is_chosen(&self, wishes: &Wishes<'_>) -> bool {
         match &self.check {
             Requirement::Daemon(wanted) => docker::Wanted::named(&wishes.text("providers.docker.runtime")) == *wanted,
-            Requirement::Kvm(_) | Requirement::Kernel | Requirement::Proot | Requirement::Nothing => true,
+            Requirement::Kvm(_)
+            | Requirement::Kernel
+            | Requirement::Proot
+            | Requirement::Backend
+            | Requirement::Nothing => true,
         }
     }
 
@@ -194,7 +221,8 @@ impl Runtime {
             Requirement::Kvm(monitor) => microvm::check(host, wishes, *monitor),
             Requirement::Daemon(wanted) => docker::check(host, daemon, *wanted),
             Requirement::Kernel => oci::check(host).await,
-            Requirement::Proot => proot::check(host, wishes),
+            Requirement::Proot => proot::check(host, wishes).await,
+            Requirement::Backend => custom::check(wishes).await,
             Requirement::Nothing => vec![Check::pass("mock", "needs nothing, and runs nothing")],
         };
         let first_failure = checks.iter().find(|check| check.status == Status::Fail);
@@ -253,7 +281,7 @@ mod tests {
     /// version has or has not.
     async fn look(name: &str, in_this_version: bool, enabled: bool) -> Found {
         let root = tempfile::tempdir().unwrap();
-        let (host, wishes) = (Host::below(root.path()), Wishes { settings: None });
+        let (host, wishes) = (Host::below(root.path()), Wishes::default());
         let daemon = ask_daemon(&host, &wishes).await;
         let runtime = RUNTIMES.into_iter().find(|runtime| runtime.name == name).unwrap();
         runtime.look(&host, &wishes, &daemon, Standing { in_this_version, enabled }).await
@@ -261,7 +289,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_this_version_has_not_is_never_usable_and_never_fails() {
-        for name in ["firecracker", "qemu", "kata", "gvisor", "docker", "proot"] {
+        for name in ["firecracker", "qemu", "kata", "gvisor", "docker", "proot", "custom"] {
             let found = look(name, false, true).await;
             assert!(!found.usable && found.missing.as_deref() == Some("not in this version"), "{found:?}");
             assert!(found.checks.iter().all(|check| check.status != Status::Fail), "{found:?}");
@@ -271,7 +299,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_asked_for_and_missing_fails_with_a_fix() {
-        for name in ["firecracker", "qemu", "kata", "gvisor", "docker", "proot"] {
+        for name in ["firecracker", "qemu", "kata", "gvisor", "docker", "proot", "custom"] {
             let found = look(name, true, true).await;
             assert!(!found.usable, "{found:?}");
             assert!(found.checks.iter().any(|check| check.status == Status::Fail), "{found:?}");
