@@ -18,7 +18,7 @@ const RUN_LIMIT: Duration = Duration::from_mins(3);
 
 /// Rows that the program's own look at the host answers, with its names.
 const FROM_CHECKS: [(&str, &[&str]); 12] = [
-    ("OC-H1", &["oci.kernel", "oci.overlay", "oci.namespaces", "oci.user"]),
+    ("OC-H1", &["oci.kernel", "oci.overlay", "oci.namespaces", "oci.owners", "oci.user"]),
     ("OC-H2", &["oci.cgroup"]),
     ("OC-H3", &["oci.nft"]),
     ("DK-H1", &["docker.daemon", "docker.seccomp", "gvisor.daemon", "kata.daemon"]),

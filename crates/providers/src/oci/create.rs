@@ -157,7 +157,10 @@ fn refuse_unenforced(runtime: &Runtime, spec: &SandboxSpec, report: &LimitReport
 async fn make_or_free(runtime: &Arc<Runtime>, plan: &Plan) -> Result<(), OciError> {
     let entry = runtime.registry.entry(&plan.id);
     let gate = Arc::clone(&entry.gate).lock_owned().await;
-    let result = match make(runtime, plan).await {
+    let creation = runtime.creations.begin();
+    let made = make(runtime, plan).await;
+    drop(creation);
+    let result = match made {
         Ok(live) => {
             entry.set_live(Some(Arc::new(live)));
             Ok(())

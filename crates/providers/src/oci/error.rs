@@ -15,6 +15,12 @@ use super::spawner::protocol::{Failure, FailureKind};
 pub(super) const KERNEL_FILES_FIX: &str = "run the server as root, or outside of a container; Docker shows all with \
                                            --security-opt systempaths=unconfined";
 
+/// What is wrong with a data directory that layers of images cannot be used
+/// from, and what to do.
+pub(super) const OWNERS_FIXED: &str = "the file system of the data directory cannot shift the owners of files";
+pub(super) const OWNERS_FIXED_FIX: &str = "give the server a data directory on ext4, xfs, btrfs or tmpfs; in a \
+                                           container (overlayfs), that is a volume";
+
 #[derive(Debug, thiserror::Error)]
 pub(super) enum OciError {
     #[error("{operation}: {path}", path = path.display())]
@@ -69,6 +75,9 @@ impl OciError {
             }
             Self::Launch(CallError::Failed(failure)) if failure.kind == FailureKind::KernelFilesHidden => {
                 unavailable(failure.message.clone(), KERNEL_FILES_FIX.into(), failure)
+            }
+            Self::Launch(CallError::Failed(failure)) if failure.kind == FailureKind::OwnersFixed => {
+                unavailable(OWNERS_FIXED.into(), OWNERS_FIXED_FIX.into(), failure)
             }
             Self::Exists(_) => ProviderError::InvalidSpec { message: self.to_string() },
             Self::NoUids => ProviderError::Exhausted { message: self.to_string() },

@@ -1,15 +1,18 @@
 //! Whether this host can run sandboxes, and what to do where it cannot.
 
-use crate::host::is_ordinary_user;
+use std::os::fd::AsFd as _;
+
 use stacyvm_sandbox::HealthReport;
 
-use super::error::{KERNEL_FILES_FIX, OciError};
+use super::error::{KERNEL_FILES_FIX, OWNERS_FIXED, OWNERS_FIXED_FIX, OciError};
+use super::launch::mounts;
 use super::network;
+use super::pairs::Pair;
 use super::rootless::{self, Authority, Obstacle};
 use super::runtime::Runtime;
 use super::spawner::CallError;
 use super::spawner::protocol::{Done, FailureKind, Job};
-use crate::host::{cgroup, ids};
+use crate::host::{cgroup, ids, is_ordinary_user};
 
 /// First kernel whose overlayfs takes layers with shifted owners.
 const NEEDED_KERNEL: (u32, u32) = (5, 19);
@@ -20,9 +23,11 @@ pub(super) async fn check(runtime: &Runtime) -> HealthReport {
     kernel(&mut report);
     overlay(&mut report);
     launcher(runtime, &mut report).await;
-    namespaces(runtime, &mut report).await;
+    let pair = namespaces(runtime, &mut report).await;
     if is_ordinary_user() {
         users(runtime, &mut report).await;
+    } else if let Some(pair) = pair {
+        owners(runtime, &pair, &mut report);
     }
     control_groups(runtime, &mut report);
     runtime.disks.check(&mut report);
@@ -99,10 +104,14 @@ async fn launcher(runtime: &Runtime, report: &mut HealthReport) {
 }
 
 /// Makes a pair and drops it: that is the surest way to know.
-async fn namespaces(runtime: &Runtime, report: &mut HealthReport) {
+async fn namespaces(runtime: &Runtime, report: &mut HealthReport) -> Option<Pair> {
     const NAME: &str = "oci.namespaces";
-    let Err(error) = runtime.plain.take().await else {
-        return report.ok(NAME, "user and network namespaces can be made");
+    let error = match runtime.plain.take().await {
+        Ok(pair) => {
+            report.ok(NAME, "user and network namespaces can be made");
+            return Some(pair);
+        }
+        Err(error) => error,
     };
     let kind = match &error {
         OciError::Launch(CallError::Failed(failure)) => Some(failure.kind),
@@ -114,12 +123,27 @@ async fn namespaces(runtime: &Runtime, report: &mut HealthReport) {
             report.fail(NAME, message, fix);
         }
         Some(FailureKind::KernelFilesHidden) => report.fail(NAME, chain(&error), KERNEL_FILES_FIX),
-        Some(FailureKind::System | FailureKind::UnknownUser | FailureKind::Image) | None => report.fail(
-            NAME,
-            format!("namespaces cannot be made: {}", chain(&error)),
-            "run the server as root; in a container, allow CAP_SYS_ADMIN and unshare; \
+        Some(FailureKind::System | FailureKind::UnknownUser | FailureKind::Image | FailureKind::OwnersFixed) | None => {
+            report.fail(
+                NAME,
+                format!("namespaces cannot be made: {}", chain(&error)),
+                "run the server as root; in a container, allow CAP_SYS_ADMIN and unshare; \
              see that /proc/sys/user/max_user_namespaces and max_net_namespaces are not used up",
-        ),
+            )
+        }
+    }
+    None
+}
+
+/// Whether layers below the data directory can be shown with a sandbox's owners.
+fn owners(runtime: &Runtime, pair: &Pair, report: &mut HealthReport) {
+    const NAME: &str = "oci.owners";
+    let shifted = mounts::detached_copy(runtime.layout.root(), false)
+        .and_then(|mount| mounts::restrict(mount.as_fd(), false, Some(pair.user.as_fd())));
+    match shifted {
+        Ok(()) => report.ok(NAME, "the owners of files in the data directory can be shifted"),
+        Err(error) if mounts::is_owners_fixed(&error) => report.fail(NAME, OWNERS_FIXED, OWNERS_FIXED_FIX),
+        Err(error) => report.fail(NAME, format!("{OWNERS_FIXED}: {error}"), "run the server as root"),
     }
 }
 

@@ -9,9 +9,10 @@ use crate::host::is_ordinary_user;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::available_parallelism;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::error::OciError;
 use super::network::{Network, Port};
@@ -26,6 +27,36 @@ const CALM: Duration = Duration::from_millis(25);
 
 /// One in so many of the wanted pairs is enough in this sense.
 const ENOUGH: usize = 4;
+
+/// How many sandboxes are being made.
+pub(super) struct Creations(watch::Sender<usize>);
+
+/// One of them, until it is dropped.
+pub(super) struct Creation<'a>(&'a Creations);
+
+impl Creations {
+    pub(super) fn new() -> Self {
+        Self(watch::Sender::new(0))
+    }
+
+    pub(super) fn begin(&self) -> Creation<'_> {
+        self.0.send_modify(|count| *count += 1);
+        Creation(self)
+    }
+
+    /// Waits while they have use for every processor.
+    async fn leave_room(&self) {
+        let processors = available_parallelism().map_or(1, usize::from);
+        // The sender lives as long as this.
+        let _ = self.0.subscribe().wait_for(|count| *count < processors).await;
+    }
+}
+
+impl Drop for Creation<'_> {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|count| *count -= 1);
+    }
+}
 
 /// Two namespaces and the uids they stand for.
 pub(super) struct Pair {
@@ -74,6 +105,7 @@ pub(super) struct PairPool {
     ready: Mutex<VecDeque<Pair>>,
     wanted: usize,
     taken: Notify,
+    creations: Arc<Creations>,
 }
 
 impl PairPool {
@@ -82,8 +114,9 @@ impl PairPool {
         ranges: Arc<UidRanges>,
         network: Option<Arc<Network>>,
         wanted: usize,
+        creations: Arc<Creations>,
     ) -> Self {
-        Self { spawner, ranges, network, ready: Mutex::default(), wanted, taken: Notify::new() }
+        Self { spawner, ranges, network, ready: Mutex::default(), wanted, taken: Notify::new(), creations }
     }
 
     /// A ready pair, or a new one.
@@ -94,7 +127,7 @@ impl PairPool {
             match ready {
                 Some(pair) if self.is_usable(&pair).await => return Ok(pair),
                 Some(_) => {}
-                None => return self.make().await,
+                None => return self.make(false).await,
             }
         }
     }
@@ -107,7 +140,9 @@ impl PairPool {
                 if enough && tokio::time::timeout(CALM, self.taken.notified()).await.is_ok() {
                     continue;
                 }
-                match self.make().await {
+                // Whoever finds none ready makes one for itself.
+                self.creations.leave_room().await;
+                match self.make(true).await {
                     Ok(pair) => self.lock().push_back(pair),
                     Err(error) => {
                         tracing::warn!(error = &error as &dyn std::error::Error, "cannot keep namespaces ready");
@@ -134,10 +169,10 @@ impl PairPool {
         }
     }
 
-    async fn make(&self) -> Result<Pair, OciError> {
+    async fn make(&self, spare: bool) -> Result<Pair, OciError> {
         let base = self.ranges.take().map_err(OciError::system("claim uids"))?.ok_or(OciError::NoUids)?;
         let uids = UidRange { base, ranges: Arc::clone(&self.ranges), kept: false };
-        let (done, fds) = self.spawner.call(Job::Pair { uid_base: base }, &[]).await?;
+        let (done, fds) = self.spawner.call(Job::Pair { uid_base: base, spare }, &[]).await?;
         let Done::Paired { spawner } = done else { return Err(CallError::Lost.into()) };
         let [user, network] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| CallError::Lost)?;
         let port = match &self.network {

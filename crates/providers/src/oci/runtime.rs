@@ -25,7 +25,7 @@ use super::external::{Binary, Hierarchies};
 use super::host_image::HostImage;
 use super::network::{self, Destination, Network};
 use super::options::{OciOptions, OciRuntime};
-use super::pairs::PairPool;
+use super::pairs::{Creations, PairPool};
 use super::registry::Registry;
 use super::spawner::Spawner;
 use super::spawner::protocol::{Done, Job};
@@ -48,6 +48,7 @@ pub(super) struct Runtime {
     pub(super) run_dir: PathBuf,
     cgroup_parent: String,
     pub(super) uids: Arc<UidRanges>,
+    pub(super) creations: Arc<Creations>,
     /// For sandboxes without a network.
     pub(super) plain: Arc<PairPool>,
     pub(super) network: Arc<Network>,
@@ -101,7 +102,11 @@ impl Runtime {
         } else {
             UidRanges::open(claims("uids")?, records.iter().map(|record| record.uid_base))?
         });
-        let pool = |network, wanted| Arc::new(PairPool::new(Arc::clone(&spawner), Arc::clone(&uids), network, wanted));
+        let creations = Arc::new(Creations::new());
+        let pool = |network, wanted| {
+            let (spawner, uids, creations) = (Arc::clone(&spawner), Arc::clone(&uids), Arc::clone(&creations));
+            Arc::new(PairPool::new(spawner, uids, network, wanted, creations))
+        };
         let plain = pool(None, options.prepared);
         let name_servers = options.bridge.as_ref().map(|bridge| bridge.name_servers.clone()).unwrap_or_default();
         let sandboxes = records.iter().filter_map(|record| record.network.connected()).collect();
@@ -112,6 +117,7 @@ impl Runtime {
             external,
             run_dir: options.run_dir.clone(),
             cgroup_parent: options.cgroup_parent.clone(),
+            creations,
             plain,
             network,
             connected,

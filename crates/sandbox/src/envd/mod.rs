@@ -48,8 +48,8 @@ const INPUT_PIECE_BYTES: usize = 1 << 20;
 
 /// Speaks the agent protocol (`crates/envd`) with one sandbox.
 ///
-/// Nothing is opened before the first call. Everything that comes back is taken
-/// as hostile: sizes and counts are bounded, texts cleaned.
+/// Everything that comes back is taken as hostile: sizes and counts are bounded,
+/// texts cleaned.
 pub struct EnvdSession {
     transport: Transport,
     agent: AgentClient<Transport>,
@@ -59,12 +59,14 @@ pub struct EnvdSession {
 }
 
 impl EnvdSession {
-    /// A session that shows `token` on every request.
+    /// A session that shows `token` on every request. Needs a tokio runtime: whoever
+    /// asks for a session is about to call, so a connection is opened meanwhile.
     pub fn connect(channel: Arc<dyn AgentChannel>, token: String) -> Result<Self, SessionError> {
         let mut token = HeaderValue::try_from(token)
             .map_err(|_| SessionError::InvalidArgument("the agent's token is not a header value".to_owned()))?;
         token.set_sensitive(true);
         let transport = Transport::new(channel);
+        transport.open_ahead();
         let config = ClientConfig::new(http::Uri::from_static("http://agent"))
             .with_default_header(TOKEN_HEADER, token.clone())
             .with_default_max_message_size(MAX_ANSWER_BYTES)

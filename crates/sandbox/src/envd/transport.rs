@@ -1,7 +1,7 @@
 //! Connections to one agent.
 //!
-//! Calls share HTTP/2 connections, which are opened when needed, opened again
-//! when broken and closed when idle. Each carries few enough streams that its
+//! Calls share HTTP/2 connections: one is opened ahead, more when needed; they
+//! are opened again when broken and closed when idle. Each carries few enough streams that its
 //! window is the sum of theirs: a stream that nobody reads never holds up
 //! another. Bulk bytes get an HTTP/1.1 connection of their own ([`super::bulk`]).
 
@@ -86,6 +86,15 @@ struct Connection {
 impl Transport {
     pub(super) fn new(channel: Arc<dyn AgentChannel>) -> Self {
         Self { shared: Arc::new(Shared { channel, connections: Mutex::default() }) }
+    }
+
+    /// Opens the first connection in the background, unless a call comes first.
+    pub(super) fn open_ahead(&self) {
+        let transport = self.clone();
+        tokio::spawn(async move {
+            // Calls say what is wrong.
+            let _ = transport.reserve().await;
+        });
     }
 
     /// A byte stream of its own.

@@ -35,7 +35,7 @@ pub(super) fn detached_tmpfs(options: &[(&str, String)]) -> io::Result<OwnedFd> 
 }
 
 /// A copy of the mount tree at `source`, not attached anywhere yet.
-pub(super) fn detached_copy(source: &Path, recursive: bool) -> io::Result<OwnedFd> {
+pub(in crate::oci) fn detached_copy(source: &Path, recursive: bool) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
@@ -53,9 +53,18 @@ pub(super) fn writable_copy(source: &Path) -> io::Result<OwnedFd> {
 
 /// Makes a detached tree read-only and harmless, optionally with owners
 /// shifted by a user namespace.
-pub(super) fn restrict(mount: BorrowedFd<'_>, recursive: bool, idmap: Option<BorrowedFd<'_>>) -> io::Result<()> {
+pub(in crate::oci) fn restrict(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    idmap: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
     let set = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
     sys::mount_setattr(mount, &MountAttributes { set: set.bits().into(), recursive, idmap })
+}
+
+/// Whether a file system knows no shifting of owners, as overlayfs.
+pub(in crate::oci) fn is_owners_fixed(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 
 /// Attaches a detached tree.

@@ -160,13 +160,21 @@ fn place_layers(plan: &RootPlan, owners: Option<BorrowedFd<'_>>) -> Result<Strin
     for (index, layer) in plan.layers.iter().enumerate() {
         let name = format!("l{index}");
         let mount = mounts::detached_copy(layer, false).step("open a layer of the image")?;
-        mounts::restrict(mount.as_fd(), false, owners).step("shift the owners of a layer")?;
+        restrict_layer(mount.as_fd(), owners)?;
         mounts::make_dir(&name, 0o755).step("mount a layer")?;
         mounts::attach(mount.as_fd(), &name).step("mount a layer")?;
         names.push(name);
     }
     names.reverse();
     Ok(names.join(":"))
+}
+
+fn restrict_layer(mount: BorrowedFd<'_>, owners: Option<BorrowedFd<'_>>) -> Result<(), Failure> {
+    const STEP: &str = "shift the owners of a layer";
+    mounts::restrict(mount, false, owners).map_err(|error| {
+        let kind = if mounts::is_owners_fixed(&error) { FailureKind::OwnersFixed } else { FailureKind::System };
+        Failure { kind, ..Failure::system(STEP, &error) }
+    })
 }
 
 /// Shows parts of the host read-only, owned by nobody: the host's root is not

@@ -35,6 +35,9 @@ const MAX_STATUS_BYTES: u64 = 16 * 1024;
 /// at the host anew.
 const REFUSING_TIME: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
+/// Priority (nice) of what nobody waits for.
+const LEAST_URGENT: i32 = 19;
+
 /// Runs the spawner on the socket that standard input is, until the server is
 /// gone. For the host binary's hidden subcommand; call it before any thread
 /// exists.
@@ -148,7 +151,7 @@ impl Spawner {
                 packet::send(&self.control, &Reply { id, result }, &[])?;
                 return Ok(true);
             }
-            Job::Pair { uid_base } => start_pair(id, uid_base, &self.common.authority),
+            Job::Pair { uid_base, spare } => start_pair(id, uid_base, spare, &self.common.authority),
             Job::Launch(plan) => self.start_launch(id, &plan, fds),
             Job::LaunchWith(plan, runtime) => self.start_launch_with(id, &plan, &runtime, fds),
             Job::Forget(container) => start_forgetting(id, &container),
@@ -275,13 +278,17 @@ fn failure_from(text: &[u8]) -> Failure {
 
 /// Makes a user namespace with its range of uids and a network namespace owned
 /// by it. They exist as long as somebody holds their descriptors.
-fn start_pair(id: u64, uid_base: u32, authority: &Authority) -> Result<Pending, Failure> {
+fn start_pair(id: u64, uid_base: u32, spare: bool, authority: &Authority) -> Result<Pending, Failure> {
     const STEP: &str = "make a pair of namespaces";
     let (status, status_of_child) = pipe().step(STEP)?;
     let (gate_of_child, gate) = pipe().step(STEP)?;
     match sys::fork_into(libc::CLONE_NEWUSER as u64, None).step(STEP)? {
         Forked::Child => {
             drop((status, gate));
+            if spare {
+                // Sandboxes that are asked for go first.
+                let _ = rustix::process::setpriority_process(None, LEAST_URGENT);
+            }
             make_network(status_of_child, gate_of_child)
         }
         Forked::Parent { pid, pidfd: _ } => {

@@ -28,8 +28,8 @@ pub(in crate::oci) struct Request {
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::oci) enum Job {
     /// Make a user namespace and a network namespace inside it. The reply
-    /// carries both, in this order.
-    Pair { uid_base: u32 },
+    /// carries both, in this order. Nobody waits for a spare one.
+    Pair { uid_base: u32, spare: bool },
     /// Start a sandbox. Descriptors: listener, boot configuration, user
     /// namespace, network namespace and, for [`DiskPlan::Mounted`], the mount.
     /// The reply carries a pidfd of its init.
@@ -150,6 +150,8 @@ pub(in crate::oci) enum FailureKind {
     NamespacesForbidden,
     /// The kernel does not let this user have a `/proc` or `/sys`.
     KernelFilesHidden,
+    /// The file system of the image's layers cannot show them with other owners.
+    OwnersFixed,
 }
 
 impl Failure {
