@@ -9,6 +9,7 @@ pub(crate) mod on_disk;
 pub(crate) mod process;
 pub(crate) mod registry;
 pub(crate) mod seccomp;
+pub(crate) mod sweep;
 pub(crate) mod sys;
 pub(crate) mod trash;
 pub(crate) mod usage;

@@ -155,14 +155,13 @@ fn refuse_unenforced(runtime: &Runtime, spec: &SandboxSpec, report: &LimitReport
 }
 
 async fn make_or_free(runtime: &Arc<Runtime>, plan: &Plan) -> Result<(), OciError> {
-    let entry = runtime.registry.entry(&plan.id);
-    let gate = Arc::clone(&entry.gate).lock_owned().await;
+    let alone = runtime.registry.alone(&plan.id).await;
     let creation = runtime.creations.begin();
     let made = make(runtime, plan).await;
     drop(creation);
-    let result = match made {
+    match made {
         Ok(live) => {
-            entry.set_live(Some(Arc::new(live)));
+            alone.set_live(Some(Arc::new(live)));
             Ok(())
         }
         // Not ours to free.
@@ -173,10 +172,7 @@ async fn make_or_free(runtime: &Arc<Runtime>, plan: &Plan) -> Result<(), OciErro
             }
             Err(error)
         }
-    };
-    drop(gate);
-    runtime.registry.forget(&plan.id, entry);
-    result
+    }
 }
 
 async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {

@@ -19,18 +19,13 @@ const DEATH_LIMIT: Duration = Duration::from_secs(20);
 
 /// Ends a sandbox. One that is unknown, or gone already, is fine.
 pub(super) async fn destroy(runtime: &Arc<Runtime>, id: &SandboxId) -> Result<(), OciError> {
-    let entry = runtime.registry.entry(id);
-    let gate = Arc::clone(&entry.gate).lock_owned().await;
-    let result = free(runtime, id, entry.live()).await;
-    if result.is_ok() {
-        entry.set_live(None);
-    }
-    drop(gate);
-    runtime.registry.forget(id, entry);
-    result
+    let alone = runtime.registry.alone(id).await;
+    free(runtime, id, alone.live()).await?;
+    alone.set_live(None);
+    Ok(())
 }
 
-/// Frees whatever there is of a sandbox; the caller holds its gate.
+/// Frees whatever there is of a sandbox; the caller is alone with it.
 pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Arc<Live>>) -> Result<(), OciError> {
     let sandbox = runtime.layout.sandbox(id);
     let (live, record) = match live {

@@ -91,13 +91,13 @@ impl OciProvider {
     }
 
     fn adopt(&self, id: &SandboxId) -> Result<Option<Arc<Live>>, OciError> {
-        if let Some(live) = self.runtime.registry.find(id).and_then(|entry| entry.live()) {
+        if let Some(live) = self.runtime.registry.find(id) {
             let ended = process::has_ended(live.init()).map_err(OciError::system("look at the sandbox's init"))?;
             return Ok((!ended).then_some(live));
         }
         let (live, _) = destroy::find(&self.runtime, id)?;
         if let Some(live) = &live {
-            self.runtime.registry.entry(id).set_live(Some(Arc::clone(live)));
+            self.runtime.registry.add(id, Arc::clone(live));
         }
         Ok(live)
     }

@@ -9,13 +9,14 @@ use super::error::OciError;
 use super::runtime::Runtime;
 use super::state::{self, OnDisk};
 use super::{destroy, strays};
-use crate::host::{cgroup, is_ordinary_user, sys, trash};
+use crate::host::{is_ordinary_user, sweep, sys, trash};
 
 /// Frees what no sandbox owns and says what that was.
 pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, OciError> {
     let mut freed = Vec::new();
     remains(runtime, &mut freed).await?;
-    groups(runtime, &mut freed).await?;
+    let exists = |id: &SandboxId| runtime.layout.sandbox(id).exists();
+    sweep::groups(&runtime.cgroups, &runtime.registry, exists, &mut freed).await;
     if !runtime.cgroups.are_available() {
         stray_sandboxes(runtime, &mut freed).await?;
     }
@@ -23,75 +24,36 @@ pub(super) async fn sweep(runtime: &Arc<Runtime>) -> Result<Vec<String>, OciErro
     leases(runtime, &mut freed).await?;
     networks(runtime, &mut freed).await;
     deleted_files(runtime).await?;
-    match runtime.remove_trash().await {
-        Ok(0) => {}
-        Ok(trees) => freed.push(format!("the files of {trees} destroyed sandboxes")),
-        Err(error) => {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "what destroyed sandboxes left cannot be removed");
-        }
-    }
+    sweep::trash(runtime.remove_trash().await, &mut freed);
     Ok(freed)
 }
 
 /// Creations that never finished.
 async fn remains(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), OciError> {
     for id in runtime.known().map_err(OciError::system("list sandboxes"))? {
-        let entry = runtime.registry.entry(&id);
-        // Somebody who holds the gate is making or freeing it right now.
-        if let Ok(gate) = Arc::clone(&entry.gate).try_lock_owned() {
-            let sandbox = runtime.layout.sandbox(&id);
-            let on_disk = state::load(&sandbox).map_err(OciError::file("read", &sandbox))?;
-            if matches!(on_disk, OnDisk::Remains(_)) && entry.live().is_none() {
-                destroy::free(runtime, &id, None).await?;
-                freed.push(format!("what was left of {id}, whose creation never finished"));
-            }
-            drop(gate);
+        // Somebody who is at it makes or frees it right now.
+        let Some(alone) = runtime.registry.try_alone(&id) else { continue };
+        let sandbox = runtime.layout.sandbox(&id);
+        let on_disk = state::load(&sandbox).map_err(OciError::file("read", &sandbox))?;
+        if matches!(on_disk, OnDisk::Remains(_)) && alone.live().is_none() {
+            destroy::free(runtime, &id, None).await?;
+            freed.push(format!("what was left of {id}, whose creation never finished"));
         }
-        runtime.registry.forget(&id, entry);
     }
     Ok(())
 }
 
-/// Control groups without a sandbox, with all that still runs in them.
-async fn groups(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), OciError> {
-    for name in runtime.cgroups.sandboxes() {
-        let Ok(id) = name.parse::<SandboxId>() else { continue };
-        let entry = runtime.registry.entry(&id);
-        if let Ok(gate) = Arc::clone(&entry.gate).try_lock_owned() {
-            if !runtime.layout.sandbox(&id).exists() {
-                let directories = runtime.cgroups.directories(&name);
-                let removed = tokio::task::spawn_blocking(move || {
-                    directories.iter().try_for_each(|directory| cgroup::remove(directory))
-                });
-                match removed.await {
-                    Ok(Ok(())) => freed.push(format!("control groups of {id} and whatever ran in them")),
-                    Ok(Err(error)) => tracing::warn!(sandbox = %id, %error, "control groups cannot be removed"),
-                    Err(error) => tracing::warn!(sandbox = %id, %error, "control groups cannot be removed"),
-                }
-            }
-            drop(gate);
-        }
-        runtime.registry.forget(&id, entry);
-    }
-    Ok(())
-}
-
-/// The same where there are no groups: sandboxes that run without a record.
+/// Where there are no control groups: sandboxes that run without a record.
 async fn stray_sandboxes(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), OciError> {
     let instance = runtime.instance.id().to_owned();
     let found = tokio::task::spawn_blocking(move || strays::find(&instance)).await.unwrap_or_default();
     for (id, init) in found {
         let init = sys::watch(init, Interest::READABLE).map_err(OciError::system("watch a stray sandbox"))?;
-        let entry = runtime.registry.entry(&id);
-        if let Ok(gate) = Arc::clone(&entry.gate).try_lock_owned() {
-            if !runtime.layout.sandbox(&id).exists() {
-                destroy::end(&id, &init).await?;
-                freed.push(format!("{id}, which ran without a record"));
-            }
-            drop(gate);
+        let Some(_alone) = runtime.registry.try_alone(&id) else { continue };
+        if !runtime.layout.sandbox(&id).exists() {
+            destroy::end(&id, &init).await?;
+            freed.push(format!("{id}, which ran without a record"));
         }
-        runtime.registry.forget(&id, entry);
     }
     Ok(())
 }
@@ -101,15 +63,11 @@ async fn leases(runtime: &Arc<Runtime>, freed: &mut Vec<String>) -> Result<(), O
     let Some(store) = &runtime.images else { return Ok(()) };
     for lease in store.leases().await.map_err(|error| OciError::Image(error.into()))? {
         let Ok(id) = lease.owner.parse::<SandboxId>() else { continue };
-        let entry = runtime.registry.entry(&id);
-        if let Ok(gate) = Arc::clone(&entry.gate).try_lock_owned() {
-            if !runtime.layout.sandbox(&id).exists() {
-                runtime.release(&id).await?;
-                freed.push(format!("the image layers that {id} held"));
-            }
-            drop(gate);
+        let Some(_alone) = runtime.registry.try_alone(&id) else { continue };
+        if !runtime.layout.sandbox(&id).exists() {
+            runtime.release(&id).await?;
+            freed.push(format!("the image layers that {id} held"));
         }
-        runtime.registry.forget(&id, entry);
     }
     Ok(())
 }

@@ -130,11 +130,10 @@ fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<bool, ProviderE
 }
 
 async fn make_or_free(runtime: &Arc<Runtime>, plan: &Plan) -> Result<(), ProotError> {
-    let entry = runtime.registry.entry(&plan.id);
-    let gate = Arc::clone(&entry.gate).lock_owned().await;
-    let result = match make(runtime, plan).await {
+    let alone = runtime.registry.alone(&plan.id).await;
+    match make(runtime, plan).await {
         Ok(live) => {
-            entry.set_live(Some(Arc::new(live)));
+            alone.set_live(Some(Arc::new(live)));
             Ok(())
         }
         // Not ours to free.
@@ -145,10 +144,7 @@ async fn make_or_free(runtime: &Arc<Runtime>, plan: &Plan) -> Result<(), ProotEr
             }
             Err(error)
         }
-    };
-    drop(gate);
-    runtime.registry.forget(&plan.id, entry);
-    result
+    }
 }
 
 async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, ProotError> {

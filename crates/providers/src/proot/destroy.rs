@@ -11,18 +11,13 @@ use crate::host::{cgroup, trash};
 
 /// Ends a sandbox. One that is unknown, or gone already, is fine.
 pub(super) async fn destroy(runtime: &Arc<Runtime>, id: &SandboxId) -> Result<(), ProotError> {
-    let entry = runtime.registry.entry(id);
-    let gate = Arc::clone(&entry.gate).lock_owned().await;
-    let result = free(runtime, id).await;
-    if result.is_ok() {
-        entry.set_live(None);
-    }
-    drop(gate);
-    runtime.registry.forget(id, entry);
-    result
+    let alone = runtime.registry.alone(id).await;
+    free(runtime, id).await?;
+    alone.set_live(None);
+    Ok(())
 }
 
-/// Frees whatever there is of a sandbox; the caller holds its gate.
+/// Frees whatever there is of a sandbox; the caller is alone with it.
 pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId) -> Result<(), ProotError> {
     let sandbox = runtime.layout.sandbox(id);
     let record = runtime.record(id);

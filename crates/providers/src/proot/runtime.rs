@@ -108,7 +108,7 @@ impl Runtime {
     /// The sandbox if its PRoot lives, whichever process of this server made it.
     pub(super) fn adopt(&self, id: &SandboxId) -> Result<Option<Arc<Live>>, ProotError> {
         let look = || ProotError::system("look at PRoot");
-        if let Some(live) = self.registry.find(id).and_then(|entry| entry.live()) {
+        if let Some(live) = self.registry.find(id) {
             let ended = process::has_ended(live.proot()).map_err(look())?;
             return Ok((!ended).then_some(live));
         }
@@ -121,7 +121,7 @@ impl Runtime {
         let Some(proot) = process::open(&identity).map_err(look())? else { return Ok(None) };
         let agent = members::agent_of(identity.pid);
         let live = Arc::new(Live::new(*record, identity, proot, agent).map_err(look())?);
-        self.registry.entry(id).set_live(Some(Arc::clone(&live)));
+        self.registry.add(id, Arc::clone(&live));
         Ok(Some(live))
     }
 

@@ -18,6 +18,7 @@ mod guest_kernel;
 mod inside;
 mod internet;
 mod oci_conformance;
+mod oci_data_dir;
 mod oci_disk;
 mod oci_disk_quota;
 mod oci_lifecycle;
