@@ -9,7 +9,7 @@ use rustls::{ClientConfig, RootCertStore};
 use stacyvm_api::CreateRequest;
 use stacyvm_engine::{Caller, CreateOptions, Engine, EngineOptions, ServerSecret};
 use stacyvm_providers::mock::MockProvider;
-use stacyvm_server::{Server, ServerError, ServerOptions, TlsFiles};
+use stacyvm_server::{Server, ServerError, ServerOptions, TlsFiles, TlsOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
@@ -26,8 +26,8 @@ fn certify(directory: &Path) -> CertificateDer<'static> {
     cert.der().clone()
 }
 
-fn files(directory: &Path) -> TlsFiles {
-    TlsFiles { certificate: directory.join("cert.pem"), key: directory.join("key.pem") }
+fn files(directory: &Path) -> TlsOptions {
+    TlsOptions::Files(TlsFiles { certificate: directory.join("cert.pem"), key: directory.join("key.pem") })
 }
 
 /// Connects, trusting only this certificate.
@@ -113,7 +113,7 @@ async fn files_that_hold_no_certificate_are_refused_at_start() {
         (directory.path().join("cert.pem"), directory.path().join("cert.pem")),
         (directory.path().join("cert.pem"), other.path().join("key.pem")),
     ] {
-        let tls = Some(TlsFiles { certificate, key });
+        let tls = Some(TlsOptions::Files(TlsFiles { certificate, key }));
         let options = ServerOptions { port: 0, tls: tls.clone(), ..ServerOptions::default() };
         let refused = Server::bind(options, engine.clone()).await.err();
         assert!(matches!(refused, Some(ServerError::Tls(_))), "{tls:?}: {refused:?}");

@@ -11,7 +11,7 @@ use stacyvm_engine::{
 use stacyvm_image::ImageStoreOptions;
 use stacyvm_server::{
     AdminFallback, Authentication, PreviewOptions, ProbeAccess, RateLimitKey, RateLimitOptions, Secret, ServerOptions,
-    TlsFiles,
+    TlsFiles, TlsOptions,
 };
 
 use crate::commands::version;
@@ -113,7 +113,7 @@ pub(super) fn server(config: &Config) -> ServerOptions {
             .tls_cert_file
             .clone()
             .zip(settings.tls_key_file.clone())
-            .map(|(certificate, key)| TlsFiles { certificate, key }),
+            .map(|(certificate, key)| TlsOptions::Files(TlsFiles { certificate, key })),
         version: version::this(),
         shutdown_grace: settings.shutdown_timeout.get(),
         ..ServerOptions::default()
