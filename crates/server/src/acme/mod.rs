@@ -37,8 +37,8 @@ use tokio_util::sync::CancellationToken;
 use crate::preview::Domain;
 use client::CaClient;
 pub use hook::DnsHook;
-pub use issued::UnusableCertificate;
 use issued::Issued;
+pub use issued::UnusableCertificate;
 use order::OrderError;
 pub(crate) use resolver::CHALLENGE_PROTOCOL;
 use resolver::Resolver;
@@ -494,7 +494,9 @@ mod tests {
 
     #[test]
     fn what_no_ca_could_certify_is_refused() {
-        for name in ["localhost", "a.localhost", "192.168.1.5", "[::1]", "vm", "a b.example", "-a.example", "*", "*.com."] {
+        for name in
+            ["localhost", "a.localhost", "192.168.1.5", "[::1]", "vm", "a b.example", "-a.example", "*", "*.com."]
+        {
             let refused = wanted(&AcmeOptions { dns_hook: Some(hook()), ..options(&[name]) }, None);
             assert!(matches!(refused, Err(AcmeError::Name(_))), "{name}: {refused:?}");
         }

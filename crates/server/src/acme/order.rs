@@ -15,10 +15,8 @@ use super::issued::UnusableCertificate;
 use super::resolver::Resolver;
 
 /// CAs that look several times, from several places, take a minute.
-const POLLING: RetryPolicy = RetryPolicy::new()
-    .initial_delay(Duration::from_millis(500))
-    .backoff(1.5)
-    .timeout(Duration::from_mins(3));
+const POLLING: RetryPolicy =
+    RetryPolicy::new().initial_delay(Duration::from_millis(500)).backoff(1.5).timeout(Duration::from_mins(3));
 
 /// What the server's end waits for records to be removed.
 const CLOSING_GRACE: Duration = Duration::from_secs(5);

@@ -113,8 +113,9 @@ fn self_signed(name: &str, digest: Option<&[u8]>) -> Result<CertifiedKey, String
     };
     let (certificate, key) = made().map_err(|error| error.to_string())?;
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
-    CertifiedKey::from_der(vec![certificate.der().clone()], key, &ring::default_provider())
-        .map_err(|error| error.to_string())
+    // Not `from_der`, which refuses a certificate with a challenge's extension.
+    let key = ring::default_provider().key_provider.load_private_key(key).map_err(|error| error.to_string())?;
+    Ok(CertifiedKey::new(vec![certificate.der().clone()], key))
 }
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
-use super::issued::{Issued, UnusableCertificate};
 use super::Wanted;
+use super::issued::{Issued, UnusableCertificate};
 
 /// Of the hash of the directory's address.
 const HASH_BYTES: usize = 6;
