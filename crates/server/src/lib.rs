@@ -44,8 +44,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use acme::{
-    AcmeError, AcmeOptions, DnsHook, MAX_NAMES as MAX_ACME_NAMES, StoredCertificate, UnusableCertificate,
-    is_certifiable, stored_certificates,
+    AcmeError, AcmeOptions, DnsHook, ExternalAccount, Life, StoredCertificate, UnusableCertificate,
+    check_options as check_acme_options, is_certifiable, stored_certificates,
 };
 pub use auth::Scope;
 pub use options::{

@@ -28,7 +28,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use instant_acme::{Account, AccountCredentials, NewAccount};
+use instant_acme::{Account, AccountCredentials, ExternalAccountKey, NewAccount};
 use rustls::crypto::ring;
 use serde::Serialize;
 use stacyvm_api::Timestamp;
@@ -45,7 +45,7 @@ use resolver::Resolver;
 use store::Store;
 
 /// Let's Encrypt takes as many in one certificate.
-pub const MAX_NAMES: usize = 100;
+const MAX_NAMES: usize = 100;
 
 /// First pause after the CA was not reached, and the longest. Nothing counts
 /// such tries.
@@ -69,6 +69,8 @@ pub struct AcmeOptions {
     pub directory_url: String,
     /// For the CA to write to. Whoever sets it has agreed to the CA's terms.
     pub contact_email: String,
+    /// An account that the operator has at the CA already, for CAs that want one.
+    pub external_account: Option<ExternalAccount>,
     /// PEM file of the roots that the directory is trusted by; the system's
     /// without it.
     pub ca_file: Option<PathBuf>,
@@ -79,14 +81,21 @@ pub struct AcmeOptions {
     pub dns_hook: Option<DnsHook>,
 }
 
+/// Binds our account to one of the operator's (RFC 8555 7.3.4).
+#[derive(Clone, PartialEq, Eq)]
+pub struct ExternalAccount {
+    pub key_id: String,
+    pub hmac_key: Vec<u8>,
+}
+
 /// Why ACME cannot be begun with.
 #[derive(Debug, thiserror::Error)]
 pub enum AcmeError {
     #[error("server.acme.directory_url: `{0}` is no https address; take the one that the CA publishes")]
     Directory(String),
     #[error(
-        "server.acme has no name to order a certificate for: list the API's in server.acme.names, or set \
-         server.acme.dns_hook for the wildcard of server.preview_domain"
+        "server.acme.names: there is no name to order a certificate for; list the API's, or set server.acme.dns_hook \
+         for the wildcard of server.preview_domain"
     )]
     NoNames,
     #[error("server.acme.names: `{0}` is no name that a CA could certify; write for example vm.example.com")]
@@ -100,11 +109,7 @@ pub enum AcmeError {
     #[error("server.acme.dns_hook: {} cannot be run: {why}", .path.display())]
     Hook { path: PathBuf, why: String },
     #[error("cannot keep certificates in {}", .path.display())]
-    State {
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
+    State { path: PathBuf, source: std::io::Error },
     #[error("no client for the CA can be made")]
     Client(#[source] reqwest::Error),
     #[error("no certificate for the time being can be made: {0}")]
@@ -141,7 +146,15 @@ pub(crate) struct CertificateState {
 pub struct StoredCertificate {
     pub names: Vec<String>,
     /// Absent where there is none that covers the names.
-    pub not_after: Option<SystemTime>,
+    pub life: Option<Life>,
+}
+
+/// How far a certificate is from its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Life {
+    pub not_after: SystemTime,
+    /// It should have been renewed long ago: five sixths of its life are over.
+    pub overdue: bool,
 }
 
 /// What keeps the certificates of one server.
@@ -278,7 +291,10 @@ impl Acme {
         let contact = format!("mailto:{}", self.options.contact_email);
         let request = NewAccount { contact: &[&contact], terms_of_service_agreed: true, only_return_existing: false };
         let builder = Account::builder_with_http(Box::new(self.http.clone()));
-        let (account, credentials) = builder.create(&request, self.options.directory_url.clone(), None).await?;
+        let external = self.options.external_account.as_ref();
+        let external = external.map(|external| ExternalAccountKey::new(external.key_id.clone(), &external.hmac_key));
+        let (account, credentials) =
+            builder.create(&request, self.options.directory_url.clone(), external.as_ref()).await?;
         let bytes = serde_json::to_vec(&credentials).map_err(|error| OrderError::Account(error.into()))?;
         self.store.write(ACCOUNT_FILE, bytes).await.map_err(OrderError::Account)?;
         Ok(account)
@@ -325,8 +341,8 @@ pub fn stored_certificates(
     options: &AcmeOptions,
     preview_domain: Option<&str>,
 ) -> Result<Vec<StoredCertificate>, AcmeError> {
-    let store = Store::at(&options.state_dir, &options.directory_url);
     let wanted = wanted(options, preview_domain.and_then(Domain::parse).as_ref())?;
+    let store = Store::at(&options.state_dir, &options.directory_url);
     if let Some(hook) = &options.dns_hook {
         hook.check()?;
     }
@@ -335,9 +351,14 @@ pub fn stored_certificates(
     }
     let stored = wanted.into_iter().map(|wanted| {
         let issued = store.certificate(&wanted).ok().flatten();
-        StoredCertificate { not_after: issued.map(|issued| issued.not_after), names: wanted.names }
+        StoredCertificate { life: issued.as_ref().map(Life::of), names: wanted.names }
     });
     Ok(stored.collect())
+}
+
+/// What the options say of themselves, without a look at this host.
+pub fn check_options(options: &AcmeOptions, preview_domain: Option<&str>) -> Result<(), AcmeError> {
+    wanted(options, preview_domain.and_then(Domain::parse).as_ref()).map(|_| ())
 }
 
 /// Whether a CA could certify a name: of the DNS, and not one that every
@@ -389,6 +410,20 @@ fn wanted(options: &AcmeOptions, previews: Option<&Domain>) -> Result<Vec<Wanted
         wanted.push(Wanted { label: "previews", names: vec![name] });
     }
     if wanted.is_empty() { Err(AcmeError::NoNames) } else { Ok(wanted) }
+}
+
+impl Life {
+    fn of(issued: &Issued) -> Self {
+        let whole = issued.not_after.duration_since(issued.not_before).unwrap_or_default();
+        let overdue = SystemTime::now() > issued.not_before + whole.mul_f64(5.0 / 6.0);
+        Self { not_after: issued.not_after, overdue }
+    }
+}
+
+impl std::fmt::Debug for ExternalAccount {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ExternalAccount").field("key_id", &self.key_id).finish_non_exhaustive()
+    }
 }
 
 impl CertificateState {
@@ -459,6 +494,7 @@ mod tests {
         AcmeOptions {
             directory_url: "https://ca.example/directory".to_owned(),
             contact_email: "ops@example.com".to_owned(),
+            external_account: None,
             ca_file: None,
             state_dir: PathBuf::new(),
             names: names.iter().map(|&name| name.to_owned()).collect(),

@@ -11,7 +11,9 @@ use serde_json::Value;
 use stacyvm_api::CreateRequest;
 use stacyvm_engine::{Caller, CreateOptions, Engine, EngineOptions, ServerSecret};
 use stacyvm_providers::mock::{MockProvider, MockService};
-use stacyvm_server::{AcmeError, AcmeOptions, DnsHook, PreviewOptions, Server, ServerError, ServerOptions, TlsOptions};
+use stacyvm_server::{
+    AcmeError, AcmeOptions, DnsHook, ExternalAccount, PreviewOptions, Server, ServerError, ServerOptions, TlsOptions,
+};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::ca::{Ca, CaOptions};
@@ -228,6 +230,22 @@ async fn an_account_that_the_ca_forgot_is_made_anew() {
     assert!(error.contains("accountDoesNotExist"), "{error}");
     let account = files(state.path()).into_iter().find(|path| path.ends_with("account.json"));
     assert_eq!(account, None, "the next try makes another");
+}
+
+#[tokio::test]
+async fn a_ca_that_wants_an_account_of_the_operators_gets_it() {
+    const KEY: [u8; 32] = [7; 32];
+    let key = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc";
+    let members = Some(("ours", key));
+    let (ca, state) = (Ca::running(CaOptions { members, ..CaOptions::default() }).await, tempfile::tempdir().unwrap());
+    let stranger = with_hook(ca.options(state.path(), &[API]), ca.hook());
+    let fixture = Fixture::with_options(server(stranger.clone())).await;
+    let error = troubles(fixture.address).await.remove(0);
+    assert!(error.contains("externalAccountRequired"), "{error}");
+    let external_account = Some(ExternalAccount { key_id: "ours".to_owned(), hmac_key: KEY.to_vec() });
+    let member = server(AcmeOptions { external_account, ..stranger });
+    let fixture = fixture.on_engine(ServerOptions { port: 0, ..member }).await;
+    issued(fixture.address, API, &ca.root().await).await;
 }
 
 #[tokio::test]

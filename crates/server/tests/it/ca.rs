@@ -36,6 +36,8 @@ pub(crate) struct CaOptions {
     pub(crate) tls_port: u16,
     /// Life of its certificates.
     pub(crate) validity: Option<Duration>,
+    /// Ids and keys (base64) of those who may have an account; anybody without.
+    pub(crate) members: Option<(&'static str, &'static str)>,
 }
 
 impl Ca {
@@ -65,6 +67,10 @@ impl Ca {
         });
         if let Some(validity) = options.validity {
             settings["certificateValidityPeriod"] = validity.as_secs().into();
+        }
+        if let Some((id, key)) = options.members {
+            settings["externalAccountBindingRequired"] = true.into();
+            settings["externalAccountMACKeys"] = serde_json::json!({ id: key });
         }
         std::fs::write(file("pebble.json"), serde_json::json!({ "pebble": settings }).to_string()).unwrap();
         let log = File::create(file("log")).unwrap();
@@ -128,6 +134,7 @@ impl Ca {
         AcmeOptions {
             directory_url: self.directory_url(),
             contact_email: "ops@example.com".to_owned(),
+            external_account: None,
             ca_file: Some(self.file("ca.pem")),
             state_dir: state_dir.to_owned(),
             names: names.iter().map(|&name| name.to_owned()).collect(),
