@@ -163,7 +163,7 @@ impl Ca {
         DnsHook {
             program,
             environment: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
-            timeout: Duration::from_secs(60),
+            timeout: Duration::from_mins(1),
             settle: Duration::ZERO,
         }
     }
