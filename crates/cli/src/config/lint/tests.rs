@@ -104,7 +104,7 @@ fn certificates_of_a_ca_are_for_all_that_is_shown() {
         let checks = judge(&quiet, Strictness::Production);
         assert!(!checks.0.iter().any(|check| check.name == "server.port"), "{quiet}: {checks:#?}");
     }
-    expect("config", WRONG, "server: {acme: {enabled: true}}");
+    expect("config", WRONG, &yaml("", ", agree_terms: false").replace("agree_terms: true, ", ""));
 }
 
 #[test]
