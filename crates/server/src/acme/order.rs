@@ -32,6 +32,8 @@ pub(crate) enum OrderError {
     Refused { name: String, why: String },
     #[error("the CA refuses the order and does not say why")]
     RefusedOrder,
+    #[error("the CA wants proof of `{0}`, which was not ordered")]
+    OtherName(String),
     #[error("the CA does not offer the challenge {kind} for {name}{}", .hint)]
     NoChallenge { name: String, kind: &'static str, hint: &'static str },
     #[error("server.acme.dns_hook ({} {fqdn}) {error}", .step.word())]
@@ -93,7 +95,7 @@ impl Proving<'_> {
     async fn order(&self, account: &Account, names: &[String]) -> Result<String, OrderError> {
         let identifiers: Vec<Identifier> = names.iter().map(|name| Identifier::Dns(name.clone())).collect();
         let mut order = account.new_order(&NewOrder::new(&identifiers)).await?;
-        self.set_up(&mut order).await?;
+        self.set_up(&mut order, names).await?;
         let status = order.poll_ready(&POLLING).await;
         match status {
             Ok(OrderStatus::Ready) => {}
@@ -110,7 +112,7 @@ impl Proving<'_> {
     }
 
     /// Sets up every challenge, and then says that they can be looked at.
-    async fn set_up(&self, order: &mut Order) -> Result<(), OrderError> {
+    async fn set_up(&self, order: &mut Order, names: &[String]) -> Result<(), OrderError> {
         let (kind, kind_name, hint) = match self.hook {
             Some(_) => (ChallengeType::Dns01, "dns-01", ""),
             None => (ChallengeType::TlsAlpn01, "tls-alpn-01", ": set server.acme.dns_hook"),
@@ -121,7 +123,11 @@ impl Proving<'_> {
             if authorization.status != AuthorizationStatus::Pending {
                 continue;
             }
+            // The name goes to the hook: it has to be one of ours, whatever the CA says.
             let name = plain_name(authorization.identifier().identifier);
+            if !names.iter().any(|ours| ours.strip_prefix("*.").unwrap_or(ours) == name) {
+                return Err(OrderError::OtherName(name));
+            }
             let missing = || OrderError::NoChallenge { name: name.clone(), kind: kind_name, hint };
             let challenge = authorization.challenge(kind.clone()).ok_or_else(missing)?;
             self.place(&name, &challenge.key_authorization()).await?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use serde_json::Value;
 use stacyvm_api::CreateRequest;
 use stacyvm_engine::{Caller, CreateOptions, Engine, EngineOptions, ServerSecret};
@@ -127,21 +128,23 @@ async fn the_wildcard_and_the_apis_name_are_ordered_through_dns() {
 
 #[tokio::test]
 async fn a_certificate_is_renewed_before_its_end_and_shown_without_a_restart() {
-    let validity = Some(Duration::from_secs(12));
+    let validity = Some(Duration::from_secs(20));
     let (ca, state) = (Ca::running(CaOptions { validity, ..CaOptions::default() }).await, tempfile::tempdir().unwrap());
     let root = ca.root().await;
     let fixture = Fixture::with_options(server(with_hook(ca.options(state.path(), &[API]), ca.hook()))).await;
     let first = issued(fixture.address, API, &root).await;
-    // The old one is shown until there is the new one: at no time is there none.
-    let second = eventually("it is renewed", || async {
-        let now = shown(fixture.address, API, &root).await.expect("a valid certificate all the time");
+    let stored = files(state.path()).into_iter().find(|path| path.ends_with("api.pem")).unwrap();
+    let second = eventually("another is kept", || async {
+        let now = CertificateDer::from_pem_file(&stored).unwrap();
         (now != first).then_some(now)
     })
     .await;
-    let stored = files(state.path()).into_iter().find(|path| path.ends_with("api.pem")).unwrap();
-    let pem = std::fs::read(stored).unwrap();
-    let mut stored = <CertificateDer<'_> as rustls::pki_types::pem::PemObject>::pem_slice_iter(&pem);
-    assert!(stored.next().unwrap().unwrap() == second, "it is on disk before it is in use");
+    eventually("it is shown", || async {
+        // The old one is good until then.
+        let now = shown(fixture.address, API, &root).await.expect("one that is valid");
+        (now == second).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
