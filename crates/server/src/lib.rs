@@ -8,6 +8,7 @@
 //! What happens to sandboxes is the engine's; this crate knows HTTP and nothing
 //! of providers.
 
+mod acme;
 mod audit;
 mod auth;
 mod connection;
@@ -42,6 +43,10 @@ use stacyvm_engine::Engine;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use acme::{
+    AcmeError, AcmeOptions, DnsHook, ExternalAccount, Life, StoredCertificate, UnusableCertificate,
+    check_options as check_acme_options, is_certifiable, stored_certificates,
+};
 pub use auth::Scope;
 pub use options::{
     AdminFallback, Authentication, BodyLimits, DEFAULT_PORT, PreviewOptions, ProbeAccess, RateLimitKey,
@@ -50,7 +55,7 @@ pub use options::{
 use preview::Scheme;
 pub use server::Server;
 pub use table::{BASE, BodyRule, RouteInfo};
-pub use tls::{TlsError, TlsFiles};
+pub use tls::{TlsError, TlsFiles, TlsOptions};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -90,6 +95,8 @@ pub enum ServerError {
     PreviewUrl(String),
     #[error("server.tls_cert_file and server.tls_key_file")]
     Tls(#[from] TlsError),
+    #[error(transparent)]
+    Acme(#[from] AcmeError),
     #[error("the host name `{host}` cannot be resolved")]
     Resolve {
         host: String,
@@ -135,27 +142,38 @@ pub(crate) struct Shared {
     pub(crate) sockets: TaskTracker,
     pub(crate) http_metrics: metrics::HttpMetrics,
     pub(crate) host_stats: host_stats::HostStats,
+    /// Where certificates come from a CA.
+    pub(crate) acme: Option<Arc<acme::Acme>>,
     /// The API document's bytes.
     pub(crate) document: Bytes,
+}
+
+/// How this server's own listener is reached.
+#[derive(Clone, Copy)]
+struct Listener {
+    scheme: Scheme,
+    port: u16,
+    beyond_loopback: bool,
 }
 
 impl App {
     fn new(
         options: ServerOptions,
         engine: Engine,
-        beyond_loopback: bool,
-        listener: (Scheme, u16),
+        listener: Listener,
+        acme: Option<Arc<acme::Acme>>,
     ) -> Result<Self, ServerError> {
         Ok(Self(Arc::new(Shared {
             auth: auth::Authenticator::new(&options, engine.keys().clone()),
             gate: gate::Gate::new(&options)?,
-            guard: guard::Guard::new(&options, beyond_loopback)?,
-            previews: preview::Previews::new(&options, &engine, listener)?,
+            guard: guard::Guard::new(&options, listener.beyond_loopback)?,
+            previews: preview::Previews::new(&options, &engine, (listener.scheme, listener.port))?,
             started: Instant::now(),
             closing: CancellationToken::new(),
             sockets: TaskTracker::new(),
             http_metrics: metrics::HttpMetrics::default(),
             host_stats: host_stats::HostStats::default(),
+            acme,
             document: openapi_json().into(),
             engine,
             options,

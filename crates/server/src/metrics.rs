@@ -21,6 +21,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use stacyvm_engine::{BUCKET_BOUNDS_MS, MetricsSnapshot, OperationMetric};
 
+use crate::acme::CertificateState;
 use crate::host_stats::ProcessStats;
 use crate::rate_limit::RateLimitStats;
 
@@ -90,6 +91,7 @@ pub(crate) struct Scrape<'a> {
     pub(crate) rate_limit: RateLimitStats,
     pub(crate) process: ProcessStats,
     pub(crate) uptime: Duration,
+    pub(crate) certificates: Vec<CertificateState>,
 }
 
 impl Scrape<'_> {
@@ -102,6 +104,7 @@ impl Scrape<'_> {
             rate_limit: self.rate_limit,
             process: self.process,
             uptime: self.uptime,
+            certificates: self.certificates,
         }));
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry)?;
@@ -147,6 +150,7 @@ struct EngineMetrics {
     rate_limit: RateLimitStats,
     process: ProcessStats,
     uptime: Duration,
+    certificates: Vec<CertificateState>,
 }
 
 type Label = (&'static str, String);
@@ -158,6 +162,7 @@ impl Collector for EngineMetrics {
         self.sandboxes(&mut writer)?;
         self.providers(&mut writer)?;
         self.background(&mut writer)?;
+        self.certificates(&mut writer)?;
         operations(&mut writer, &self.snapshot.operations)
     }
 }
@@ -244,6 +249,22 @@ impl EngineMetrics {
         writer.gauge("stacyvm_store_healthy", "Whether the database answers.", u64::from(store.healthy))?;
         let help = "Log entries dropped because the database could not keep up.";
         writer.counter("stacyvm_dropped_log_entries", help, *dropped_log_entries)
+    }
+
+    /// None where no CA is asked.
+    fn certificates(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        if self.certificates.is_empty() {
+            return Ok(());
+        }
+        let named = |state: &CertificateState| vec![("certificate", state.certificate.to_owned())];
+        let ends = self.certificates.iter().filter_map(|state| {
+            let seconds = state.not_after?.unix_ms() / 1000;
+            Some((named(state), seconds))
+        });
+        writer.gauges("stacyvm_certificate_not_after_seconds", "When a certificate ends, in Unix time.", ends)?;
+        let failures = self.certificates.iter().map(|state| (named(state), u64::from(state.failures)));
+        let help = "Tries in a row to have a certificate issued that failed.";
+        writer.gauges("stacyvm_certificate_failures", help, failures)
     }
 }
 

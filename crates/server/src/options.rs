@@ -8,7 +8,7 @@ use std::time::Duration;
 use stacyvm_api::Version;
 use subtle::ConstantTimeEq;
 
-use crate::tls::TlsFiles;
+use crate::tls::TlsOptions;
 
 /// Default port of the REST API (http-api 1).
 pub const DEFAULT_PORT: u16 = 7423;
@@ -53,7 +53,7 @@ pub struct ServerOptions {
     pub body_limits: BodyLimits,
     pub preview: PreviewOptions,
     /// TLS on every listener; plain HTTP without it.
-    pub tls: Option<TlsFiles>,
+    pub tls: Option<TlsOptions>,
     pub version: Version,
     pub shutdown_grace: Duration,
 }

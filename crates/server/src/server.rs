@@ -15,9 +15,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::connection::{self, Site, Surface};
 use crate::linger::Lingering;
-use crate::preview::{Arrival, Scheme};
-use crate::tls::{Certificate, HANDSHAKE_TIME};
-use crate::{App, ServerError, ServerOptions};
+use crate::preview::{Arrival, Domain, Scheme};
+use crate::tls::{HANDSHAKE_TIME, Tls, is_challenge};
+use crate::{App, Listener, ServerError, ServerOptions};
 
 /// Open connections at most; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 16_384;
@@ -33,7 +33,7 @@ pub struct Server {
     app: App,
     main: Vec<TcpListener>,
     preview_paths: Vec<TcpListener>,
-    tls: Option<(Arc<Certificate>, TlsAcceptor)>,
+    tls: Option<Tls>,
 }
 
 impl Server {
@@ -47,16 +47,12 @@ impl Server {
             Some(port) => listen(&resolve(&options.host, port).await?).await?,
             None => Vec::new(),
         };
-        let tls = match &options.tls {
-            Some(files) => {
-                let certificate = Certificate::read(files.clone())?;
-                let acceptor = certificate.acceptor()?;
-                Some((certificate, acceptor))
-            }
-            None => None,
-        };
+        let previews = options.preview.domain.as_deref().and_then(Domain::parse);
+        let tls = options.tls.as_ref().map(|tls| Tls::open(tls, previews.as_ref())).transpose()?;
+        let acme = tls.as_ref().and_then(Tls::acme).cloned();
         let port = addresses(&main).first().map_or(options.port, SocketAddr::port);
-        let app = App::new(options, engine, beyond_loopback.is_some(), (scheme(tls.as_ref()), port))?;
+        let listener = Listener { scheme: scheme(tls.as_ref()), port, beyond_loopback: beyond_loopback.is_some() };
+        let app = App::new(options, engine, listener, acme)?;
         app.auth.check()?;
         if let (Some(address), true) = (beyond_loopback, app.auth.is_open()) {
             return Err(ServerError::OpenBeyondLoopback { host: app.options.host.clone(), address: address.ip() });
@@ -83,6 +79,11 @@ impl Server {
         addresses(&self.main)
     }
 
+    /// Whether it speaks TLS.
+    pub fn is_secure(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// Where paths name previews, if anywhere.
     pub fn preview_addresses(&self) -> Vec<SocketAddr> {
         addresses(&self.preview_paths)
@@ -98,15 +99,15 @@ impl Server {
         let router = crate::routes::router(&self.app);
         let mut background = JoinSet::new();
         background.spawn(Arc::clone(&self.app.previews.pool).sweep(self.app.closing.clone()));
-        if let Some((certificate, _)) = &self.tls {
-            background.spawn(Arc::clone(certificate).watch(self.app.closing.clone()));
+        if let Some(tls) = &self.tls {
+            tls.keep(&mut background, &self.app.closing);
         }
         let main = self.main.into_iter().map(|listener| (listener, Surface::Main));
         let paths = self.preview_paths.into_iter().map(|listener| (listener, Surface::PreviewPaths));
         for (listener, surface) in main.chain(paths) {
             let acceptor = Acceptor {
                 site: Arc::new(Site { app: self.app.clone(), router: router.clone(), surface }),
-                tls: self.tls.as_ref().map(|(_, acceptor)| acceptor.clone()),
+                tls: self.tls.as_ref().map(|tls| tls.acceptor.clone()),
                 connections: connections.clone(),
                 slots: slots.clone(),
                 cut: cut.clone(),
@@ -175,6 +176,7 @@ impl Acceptor {
         async move {
             let Some(tls) = tls else { return connection::serve(stream, site, arrival, cut).await };
             match tokio::time::timeout(HANDSHAKE_TIME, tls.accept(stream)).await {
+                Ok(Ok(stream)) if is_challenge(stream.get_ref().1) => {}
                 Ok(Ok(stream)) => connection::serve(stream, site, arrival, cut).await,
                 Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
                 Err(_) => tracing::debug!("a TLS handshake took too long"),

@@ -1,5 +1,8 @@
 //! TLS on our own listeners: a certificate from files, read again when they
-//! change, so that renewing it needs no restart.
+//! change, so that renewing it needs no restart, or certificates that [`acme`]
+//! keeps.
+//!
+//! [`acme`]: crate::acme
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -12,8 +15,13 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+
+use crate::ServerError;
+use crate::acme::{Acme, AcmeOptions, CHALLENGE_PROTOCOL};
+use crate::preview::Domain;
 
 /// A client that does not finish the handshake by then is sent away.
 pub(crate) const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
@@ -23,6 +31,15 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Protocols that clients are offered, in our order.
 const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
+
+/// Where the certificates of the listeners come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TlsOptions {
+    /// Somebody else renews them.
+    Files(TlsFiles),
+    /// A CA issues them to this server.
+    Acme(AcmeOptions),
+}
 
 /// PEM files of a certificate with its chain, and of its key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,8 +59,71 @@ pub enum TlsError {
     Unusable(#[from] rustls::Error),
 }
 
+/// TLS as the listeners speak it.
+pub(crate) struct Tls {
+    source: Source,
+    pub(crate) acceptor: TlsAcceptor,
+}
+
+enum Source {
+    Files(Arc<Certificate>),
+    Acme(Arc<Acme>),
+}
+
+impl Tls {
+    pub(crate) fn open(options: &TlsOptions, previews: Option<&Domain>) -> Result<Self, ServerError> {
+        let (source, resolver, challenges): (_, Arc<dyn ResolvesServerCert>, _) = match options {
+            TlsOptions::Files(files) => {
+                let certificate = Certificate::read(files.clone())?;
+                (Source::Files(Arc::clone(&certificate)), certificate, None)
+            }
+            TlsOptions::Acme(options) => {
+                let acme = Acme::open(options.clone(), previews)?;
+                let resolver = Arc::clone(acme.resolver());
+                (Source::Acme(acme), resolver, Some(CHALLENGE_PROTOCOL))
+            }
+        };
+        Ok(Self { source, acceptor: acceptor(resolver, challenges)? })
+    }
+
+    pub(crate) fn acme(&self) -> Option<&Arc<Acme>> {
+        match &self.source {
+            Source::Files(_) => None,
+            Source::Acme(acme) => Some(acme),
+        }
+    }
+
+    /// Keeps the certificates up to date until `closing`.
+    pub(crate) fn keep(&self, background: &mut JoinSet<()>, closing: &CancellationToken) {
+        match &self.source {
+            Source::Files(certificate) => {
+                background.spawn(Arc::clone(certificate).watch(closing.clone()));
+            }
+            Source::Acme(acme) => {
+                for index in 0..acme.count() {
+                    background.spawn(Arc::clone(acme).keep(index, closing.clone()));
+                }
+            }
+        }
+    }
+}
+
+/// Whether a handshake was only a CA's look at a challenge: nothing follows.
+pub(crate) fn is_challenge(connection: &rustls::ServerConnection) -> bool {
+    connection.alpn_protocol() == Some(CHALLENGE_PROTOCOL)
+}
+
+fn acceptor(resolver: Arc<dyn ResolvesServerCert>, challenges: Option<&[u8]>) -> Result<TlsAcceptor, TlsError> {
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(resolver);
+    config.alpn_protocols = PROTOCOLS.into_iter().chain(challenges).map(<[u8]>::to_vec).collect();
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
 /// The certificate in use.
-pub(crate) struct Certificate {
+struct Certificate {
     files: TlsFiles,
     current: RwLock<Arc<CertifiedKey>>,
     seen: Mutex<Stamp>,
@@ -53,24 +133,15 @@ pub(crate) struct Certificate {
 type Stamp = [Option<(SystemTime, u64)>; 2];
 
 impl Certificate {
-    pub(crate) fn read(files: TlsFiles) -> Result<Arc<Self>, TlsError> {
+    fn read(files: TlsFiles) -> Result<Arc<Self>, TlsError> {
         let seen = stamp(&files);
         let current = Arc::new(load(&files)?);
         Ok(Arc::new(Self { files, current: RwLock::new(current), seen: Mutex::new(seen) }))
     }
 
-    pub(crate) fn acceptor(self: &Arc<Self>) -> Result<TlsAcceptor, TlsError> {
-        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::clone(self) as Arc<dyn ResolvesServerCert>);
-        config.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).to_vec();
-        Ok(TlsAcceptor::from(Arc::new(config)))
-    }
-
     /// Takes in new versions of the files until `closing`. One that cannot be
     /// used is reported, and the one before stays.
-    pub(crate) async fn watch(self: Arc<Self>, closing: CancellationToken) {
+    async fn watch(self: Arc<Self>, closing: CancellationToken) {
         let mut ticks = tokio::time::interval(WATCH_INTERVAL);
         loop {
             tokio::select! {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::config::acme;
 use crate::config::problem::{ConfigError, Problem};
 use crate::config::reserved::{Absence, RESERVED, Reserved};
 use crate::config::schema::{Config, Entry, Server, entries, find};
@@ -113,6 +114,7 @@ pub(crate) fn load_with(
     let Reader { mut problems, .. } = reader;
     resolve_key_files(&mut config, &mut settings, &mut problems);
     check(&config, &mut problems);
+    acme::check(&config, environment, &mut problems);
     if !problems.is_empty() {
         return Err(ConfigError::Invalid(problems));
     }
@@ -306,9 +308,10 @@ fn unknown_variables(environment: &Environment) -> Vec<Problem> {
 
 /// Keys may be kept in files of their own, as secret stores hand them out.
 fn resolve_key_files(config: &mut Config, settings: &mut Settings, problems: &mut Vec<Problem>) {
-    let (auth, custom) = (&mut config.auth, &mut config.custom);
+    let (auth, custom, acme) = (&mut config.auth, &mut config.custom, &mut config.acme);
     for (key, inline, file) in [
         ("providers.custom.api_key", &mut custom.api_key, &custom.api_key_file),
+        ("server.acme.eab_hmac_key", &mut acme.eab_hmac_key, &acme.eab_hmac_key_file),
         ("auth.api_key", &mut auth.api_key, &auth.api_key_file),
         ("auth.admin_api_key", &mut auth.admin_api_key, &auth.admin_api_key_file),
     ] {

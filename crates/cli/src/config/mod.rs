@@ -6,6 +6,7 @@
 //! is wrong is reported all at once, each with its place: an unknown key names
 //! the nearest known one, a wrong type names key and line.
 
+mod acme;
 mod json_schema;
 mod lint;
 mod load;
@@ -21,6 +22,7 @@ mod source;
 #[cfg(test)]
 mod docs;
 
+pub(crate) use acme::options as acme_options;
 pub(crate) use json_schema::json_schema;
 pub(crate) use lint::lint;
 pub(crate) use load::{Environment, Given, Loaded, load, load_with};

@@ -129,6 +129,39 @@ config! {
         shutdown_timeout: Duration = "10s",
     }
 
+    acme: Acme in "server.acme." {
+        /// Whether certificates come from a CA that speaks ACME, such as Let's Encrypt, instead of from files: the server
+        /// orders and renews them itself. See docs/preview.md.
+        enabled: bool = "false",
+        /// Where the CA lists its addresses. Certificates and the account are kept apart for each.
+        directory_url: String = "https://acme-v02.api.letsencrypt.org/directory",
+        /// PEM file of the roots that the directory itself is trusted by, for a CA of your own. Without it: the system's.
+        ca_file: Option<PathBuf> = "",
+        /// Where the CA may write to.
+        email: String = "",
+        /// Whether you agree to the CA's terms of service.
+        agree_terms: bool = "false",
+        /// Names of the API to have a certificate for; `*.name` only with `server.acme.dns_hook`. Without it: the names
+        /// in `server.allowed_hosts`.
+        names: Vec<String> = "",
+        /// Program that sets and removes a DNS record, called as `PROGRAM present|cleanup FQDN VALUE`. With it names are
+        /// proven by DNS-01, and previews get the wildcard of `server.preview_domain`; without it by TLS-ALPN-01, for
+        /// which the CA has to reach this server at port 443.
+        dns_hook: Option<PathBuf> = "",
+        /// Names of the server's own environment variables that the program gets, besides `PATH`: tokens of your DNS.
+        dns_hook_env: Vec<String> = "",
+        /// Longest time for one call of the program, which is then killed.
+        dns_hook_timeout: Duration = "2m",
+        /// Pause between the records and the CA's look at them, until all name servers have them.
+        dns_wait: Duration = "10s",
+        /// Id of an account that you have at the CA already (external account binding), for CAs that want one.
+        eab_key_id: String = "",
+        /// The key of that account, as the CA shows it: base64.
+        eab_hmac_key: Option<Secret> = "",
+        /// File that holds the key, instead of `server.acme.eab_hmac_key`.
+        eab_hmac_key_file: Option<PathBuf> = "",
+    }
+
     auth: Auth in "auth." {
         /// Whether callers need a key. Without it: whenever a key is set here, or one was ever made with
         /// `stacyvm key create`. With `true` a server without any key does not start; with `false` one with a valid key

@@ -44,10 +44,11 @@ const MAY_USE: [(&str, &[&str]); 15] = [
 
 /// Libraries that only these crates may name, so that what they are used for
 /// stays in one place.
-const ONLY_IN: [(&str, &[&str]); 6] = [
+const ONLY_IN: [(&str, &[&str]); 7] = [
     // HTTP is the server's, and that of the server of one runtime.
     ("axum", &["stacyvm-backend", "stacyvm-server"]),
     ("utoipa-swagger-ui", &["stacyvm-server"]),
+    ("instant-acme", &["stacyvm-server"]),
     // So is the store the engine's.
     ("sqlx", &["stacyvm-engine"]),
     // The framework of the agent protocol could be replaced in one place.

@@ -1,13 +1,14 @@
 //! Starting and ending the server, and what it refuses to start with.
 
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 
 use rustix::process::Signal;
 use serde_json::Value;
 use stacyvm_api::{CreateRequest, ErrorCode, SandboxState};
 use stacyvm_client::{Client, ClientOptions};
 
-use crate::support::{Ran, Server, Site, create, in_repository, output, run, small};
+use crate::support::{Ran, Server, Site, create, eventually, in_repository, output, run, small};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ending_the_server_leaves_sandboxes_running() {
@@ -28,6 +29,41 @@ async fn ending_the_server_leaves_sandboxes_running() {
     server.run(&["kill", id.as_str()]).await.ok();
     assert!(!server.stop(Signal::TERM).await.stderr.contains("keep running"));
     assert_eq!(site.remains(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_ca_the_server_starts_and_says_so() {
+    let site = Site::new();
+    let with_acme = |command: &mut std::process::Command| {
+        command.envs([
+            ("STACYVM_SERVER_ACME_ENABLED", "true"),
+            // Nobody listens there.
+            ("STACYVM_SERVER_ACME_DIRECTORY_URL", "https://127.0.0.1:1/directory"),
+            ("STACYVM_SERVER_ACME_EMAIL", "ops@example.com"),
+            ("STACYVM_SERVER_ACME_AGREE_TERMS", "true"),
+            ("STACYVM_SERVER_ALLOWED_HOSTS", "vm.example.com"),
+        ]);
+    };
+    let server = Server::start_with(&site, with_acme).await;
+    assert!(server.url.starts_with("https://"), "{}", server.url);
+    let said = "no certificate was issued; a self-signed one is shown meanwhile";
+    eventually("the log says so", async || server.log().contains(said).then_some(())).await;
+    let mut doctor = server.program(&["doctor", "--json"]);
+    with_acme(doctor.as_std_mut());
+    let page: Value = run(doctor, b"").await.json();
+    let of_acme = |check: &&Value| check["name"] == "server.acme";
+    let check = page["checks"].as_array().expect("a list").iter().find(of_acme).expect("it is looked at");
+    assert_eq!(check["message"], "there is no certificate for vm.example.com yet");
+    let kept = site.data_dir().join("acme").metadata().expect("a directory");
+    assert_eq!(kept.permissions().mode() & 0o777, 0o700);
+    assert!(server.stop(Signal::TERM).await.status.success());
+
+    let mut serve = site.program();
+    with_acme(&mut serve);
+    serve.args(["serve", "--port", "0"]).env("STACYVM_SERVER_ACME_DNS_HOOK", "/no/hook");
+    let refused = run(serve.into(), b"").await;
+    assert!(refused.stderr().contains("server.acme.dns_hook: /no/hook cannot be run"), "{refused}");
+    assert_eq!(refused.status(), Some(1), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

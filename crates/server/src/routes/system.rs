@@ -10,6 +10,7 @@ use stacyvm_api::{ErrorCode, Health, HostStats, PoolStatus, ProviderHealth, Read
 use stacyvm_engine::{EngineOptions, MetricsSnapshot, OperationMetric, QueueStats, SpawnOverflow};
 
 use crate::App;
+use crate::acme::CertificateState;
 use crate::error::ApiError;
 use crate::host_stats::ProcessStats;
 use crate::metrics::{OPEN_METRICS, Scrape, TEXT_FORMAT};
@@ -76,6 +77,7 @@ pub(super) async fn metrics_prometheus(State(app): State<App>, headers: HeaderMa
         rate_limit: app.gate.stats(),
         process: ProcessStats::read(),
         uptime: app.started.elapsed(),
+        certificates: certificates(&app),
     };
     let wants_open = headers
         .get_all(header::ACCEPT)
@@ -142,8 +144,16 @@ pub(super) async fn diagnostics(State(app): State<App>) -> Answer<Value> {
     if let Some(error) = &store.error {
         body["store"]["error"] = json!(error);
     }
+    if app.acme.is_some() {
+        body["certificates"] = json!(certificates(&app));
+    }
     merge(&mut body, common(&app, &snapshot));
     Ok(Reply::ok(body))
+}
+
+/// Those that a CA issues to this server.
+fn certificates(app: &App) -> Vec<CertificateState> {
+    app.acme.as_ref().map(|acme| acme.states()).unwrap_or_default()
 }
 
 /// What metrics and diagnostics have in common.

@@ -1,8 +1,10 @@
 //! The server over real sockets, with the engine on the mock runtime.
 
+mod acme;
 mod audit;
 mod auth;
 mod bad_input;
+mod ca;
 mod commands;
 mod docs;
 mod events;

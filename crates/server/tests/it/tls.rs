@@ -1,15 +1,17 @@
 //! TLS on the server's own listener.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
 use rcgen::{CertifiedKey, generate_simple_self_signed};
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use stacyvm_api::CreateRequest;
 use stacyvm_engine::{Caller, CreateOptions, Engine, EngineOptions, ServerSecret};
 use stacyvm_providers::mock::MockProvider;
-use stacyvm_server::{Server, ServerError, ServerOptions, TlsFiles};
+use stacyvm_server::{Server, ServerError, ServerOptions, TlsFiles, TlsOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
@@ -26,8 +28,8 @@ fn certify(directory: &Path) -> CertificateDer<'static> {
     cert.der().clone()
 }
 
-fn files(directory: &Path) -> TlsFiles {
-    TlsFiles { certificate: directory.join("cert.pem"), key: directory.join("key.pem") }
+fn files(directory: &Path) -> TlsOptions {
+    TlsOptions::Files(TlsFiles { certificate: directory.join("cert.pem"), key: directory.join("key.pem") })
 }
 
 /// Connects, trusting only this certificate.
@@ -36,15 +38,74 @@ async fn connect(
     trusted: &CertificateDer<'static>,
     protocol: &[u8],
 ) -> std::io::Result<TlsStream<TcpStream>> {
+    connect_to(preview.fixture.address, "localhost", trusting(trusted), protocol).await
+}
+
+/// Connects and asks for a name.
+pub(crate) async fn connect_to(
+    address: SocketAddr,
+    name: &str,
+    mut config: ClientConfig,
+    protocol: &[u8],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::try_from(name.to_owned()).unwrap();
+    within(tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream)).await
+}
+
+/// A client that trusts this root and no other.
+pub(crate) fn trusting(root: &CertificateDer<'static>) -> ClientConfig {
     let mut roots = RootCertStore::empty();
-    roots.add(trusted.clone()).unwrap();
+    roots.add(root.clone()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let mut config = builder.with_root_certificates(roots).with_no_client_auth();
-    config.alpn_protocols = vec![protocol.to_vec()];
-    let stream = TcpStream::connect(preview.fixture.address).await.unwrap();
-    let name = ServerName::try_from("localhost").unwrap();
-    within(tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream)).await
+    builder.with_root_certificates(roots).with_no_client_auth()
+}
+
+/// A client that only looks.
+pub(crate) fn trusting_anybody() -> ClientConfig {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody)).with_no_client_auth()
+}
+
+#[derive(Debug)]
+struct Anybody;
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        rustls::crypto::ring::default_provider().signature_verification_algorithms.supported_schemes()
+    }
 }
 
 #[tokio::test]
@@ -113,7 +174,7 @@ async fn files_that_hold_no_certificate_are_refused_at_start() {
         (directory.path().join("cert.pem"), directory.path().join("cert.pem")),
         (directory.path().join("cert.pem"), other.path().join("key.pem")),
     ] {
-        let tls = Some(TlsFiles { certificate, key });
+        let tls = Some(TlsOptions::Files(TlsFiles { certificate, key }));
         let options = ServerOptions { port: 0, tls: tls.clone(), ..ServerOptions::default() };
         let refused = Server::bind(options, engine.clone()).await.err();
         assert!(matches!(refused, Some(ServerError::Tls(_))), "{tls:?}: {refused:?}");

@@ -105,7 +105,7 @@ pub(crate) async fn diagnose(
             let shown = |check: &Check| check.name == "config" || LINT_SHOWN.contains(&check.name.as_str());
             checks.extend(config::lint(loaded, strictness).into_iter().filter(shown));
             let dir = PlaceArgs::data_dir(found, environment)?;
-            checks.extend(server::check(&found.config, &dir, strictness));
+            checks.extend(server::check(&found.config, &dir, environment, strictness));
             checks.extend(server::port(&found.config, &dir, &context.client()?).await);
             data_dir = Some(dir);
         }

@@ -3,14 +3,15 @@
 use std::net::{TcpListener, ToSocketAddrs as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use stacyvm_api::Readiness;
 use stacyvm_client::Client;
+use stacyvm_server::{AcmeOptions, Life, StoredCertificate, stored_certificates};
 
 use crate::check::{Check, Strictness};
 use crate::commands::serve::{database, port_owner};
-use crate::config::Config;
+use crate::config::{Config, Environment, acme_options};
 use crate::data_dir;
 use crate::output::bytes;
 
@@ -24,12 +25,59 @@ const FEW_OPEN_FILES: u64 = 4096;
 /// How long a server that listens may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
-pub(super) fn check(config: &Config, dir: &Path, strictness: Strictness) -> Vec<Check> {
+pub(super) fn check(config: &Config, dir: &Path, environment: &Environment, strictness: Strictness) -> Vec<Check> {
     let mut checks = vec![directory(dir, strictness)];
     checks.extend(space(dir));
     checks.push(store(config, dir));
     checks.push(open_files());
+    if let Some(options) = acme_options(config, dir, environment) {
+        checks.extend(certificates(&options, &config.server.preview_domain, dir, strictness));
+    }
     checks
+}
+
+/// What a CA has issued to the server, and whether its program can be run.
+fn certificates(options: &AcmeOptions, preview_domain: &str, dir: &Path, strictness: Strictness) -> Vec<Check> {
+    const NAME: &str = "server.acme";
+    const READ_WHY: &str = "/api/v1/diagnostics and the server's log say why";
+    let stored = match stored_certificates(options, Some(preview_domain)) {
+        Ok(stored) => stored,
+        Err(error) => return vec![Check::fail(NAME, error.to_string(), "correct it: the server will not start")],
+    };
+    let runs = data_dir::holder(dir).is_some();
+    let of = |stored: StoredCertificate| {
+        let names = stored.names.join(", ");
+        match stored.life {
+            Some(Life { not_after, .. }) if not_after < SystemTime::now() => {
+                Check::fail(NAME, format!("the certificate for {names} has ended"), READ_WHY)
+            }
+            Some(Life { overdue: true, .. }) => {
+                Check::warn(NAME, format!("the certificate for {names} should have been renewed"), READ_WHY)
+            }
+            Some(_) => Check::pass(NAME, format!("there is a certificate for {names}")),
+            None if runs => Check::warn(NAME, format!("there is no certificate for {names} yet"), READ_WHY),
+            None => Check::pass(NAME, format!("a certificate for {names} is ordered by the next start")),
+        }
+    };
+    let mut checks: Vec<Check> = stored.into_iter().map(of).collect();
+    if let Some(hook) = &options.dns_hook {
+        checks.push(hook_owner(&hook.program, strictness));
+    }
+    checks
+}
+
+/// Whoever can change the program can do what the server may.
+fn hook_owner(program: &Path, strictness: Strictness) -> Check {
+    const NAME: &str = "server.acme.dns_hook";
+    let shown = program.display();
+    let Ok(metadata) = program.metadata() else {
+        return Check::fail(NAME, format!("{shown} cannot be looked at"), "name another program");
+    };
+    if metadata.mode() & 0o022 != 0 {
+        let message = format!("others of this host can change {shown}, which the server runs");
+        return Check::new(strictness.risk(), NAME, message, format!("chmod go-w {shown}"));
+    }
+    Check::pass(NAME, format!("{shown} can be run"))
 }
 
 /// The data directory, which a server makes where it is missing.
@@ -200,6 +248,39 @@ mod tests {
         std::fs::write(&file, "").unwrap();
         assert_eq!(directory(&file, Strictness::Development).status, Status::Fail);
         assert_eq!(directory(&file.join("below"), Strictness::Development).status, Status::Fail);
+    }
+
+    #[test]
+    fn certificates_of_a_ca_and_their_hook_are_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let hook = dir.path().join("hook");
+        std::fs::write(&hook, "#!/bin/sh").unwrap();
+        let options = AcmeOptions {
+            directory_url: "https://ca.example/directory".to_owned(),
+            contact_email: "ops@example.com".to_owned(),
+            external_account: None,
+            ca_file: None,
+            state_dir: dir.path().join("acme"),
+            names: vec!["vm.example.com".to_owned()],
+            dns_hook: Some(stacyvm_server::DnsHook {
+                program: hook.clone(),
+                environment: Vec::new(),
+                timeout: ANSWER_LIMIT,
+                settle: Duration::ZERO,
+            }),
+        };
+        let look = || certificates(&options, "example.net", dir.path(), Strictness::Production);
+        let checks = look();
+        assert!(checks[0].status == Status::Fail && checks[0].message.contains("not executable"), "{checks:?}");
+        std::fs::set_permissions(&hook, Permissions::from_mode(0o777)).unwrap();
+        let statuses = look().into_iter().map(|check| check.status).collect::<Vec<_>>();
+        assert_eq!(statuses, [Status::Pass, Status::Pass, Status::Fail], "everybody could change the hook");
+        std::fs::set_permissions(&hook, Permissions::from_mode(0o755)).unwrap();
+        let _lock = data_dir::DataDirLock::take(dir.path()).unwrap();
+        let checks = look();
+        assert!(checks[1].status == Status::Warn && checks[1].message.contains("*.example.net"), "{checks:?}");
+        assert_eq!(checks[2].status, Status::Pass);
+        assert!(!options.state_dir.exists(), "it only looks");
     }
 
     #[test]

@@ -116,7 +116,11 @@ async fn run_in(
             return Err(error).context("cannot start");
         }
     };
-    let answered = answer(context.output, config, &engine, &chosen, &mut signals).await;
+    let answered = async {
+        let server = bind(config, data_dir, environment, &engine).await?;
+        answer(context.output, server, &engine, &chosen, &mut signals).await
+    }
+    .await;
     if answered.is_ok() {
         leave(context.output, &engine, at_exit, &mut signals).await;
     }
@@ -124,15 +128,14 @@ async fn run_in(
     answered
 }
 
-/// Listens and answers until a signal comes.
+/// Answers until a signal comes.
 async fn answer(
     output: Output,
-    config: &Config,
+    server: Server,
     engine: &Engine,
     chosen: &Chosen,
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
-    let server = bind(config, engine).await?;
     if server.demands_key() {
         chosen.permit(engine).await;
     }
@@ -153,8 +156,8 @@ async fn answer(
     Ok(())
 }
 
-async fn bind(config: &Config, engine: &Engine) -> anyhow::Result<Server> {
-    match Server::bind(options::server(config), engine.clone()).await {
+async fn bind(config: &Config, data_dir: &Path, environment: &Environment, engine: &Engine) -> anyhow::Result<Server> {
+    match Server::bind(options::server(config, data_dir, environment), engine.clone()).await {
         Ok(server) => Ok(server),
         Err(ServerError::Bind { address, source }) if source.kind() == std::io::ErrorKind::AddrInUse => {
             let by = port::owner(address.port()).map_or_else(String::new, |owner| format!(" by {owner}"));
@@ -168,7 +171,8 @@ async fn bind(config: &Config, engine: &Engine) -> anyhow::Result<Server> {
 /// The first line: where it listens, what makes the sandboxes and why, and who
 /// may call.
 fn announce(output: Output, server: &Server, chosen: &Chosen, examined: &Examined) -> anyhow::Result<()> {
-    let urls: Vec<_> = server.addresses().iter().map(|address| format!("http://{address}")).collect();
+    let scheme = if server.is_secure() { "https" } else { "http" };
+    let urls: Vec<_> = server.addresses().iter().map(|address| format!("{scheme}://{address}")).collect();
     let auth = server.demands_key();
     if output.is_json() {
         let line = json!({ "listening": urls, "provider": chosen.default, "reason": chosen.why, "auth": auth });

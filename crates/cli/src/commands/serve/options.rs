@@ -11,11 +11,13 @@ use stacyvm_engine::{
 use stacyvm_image::ImageStoreOptions;
 use stacyvm_server::{
     AdminFallback, Authentication, PreviewOptions, ProbeAccess, RateLimitKey, RateLimitOptions, Secret, ServerOptions,
-    TlsFiles,
+    TlsFiles, TlsOptions,
 };
 
 use crate::commands::version;
-use crate::config::{Config, DatabaseDriver, Environment, OverflowMode, RateLimit, RateLimitBy, UnknownPolicy};
+use crate::config::{
+    Config, DatabaseDriver, Environment, OverflowMode, RateLimit, RateLimitBy, UnknownPolicy, acme_options,
+};
 use crate::data_dir::SECRET_BYTES;
 
 /// The image store's place in the data directory.
@@ -80,7 +82,7 @@ pub(crate) fn database(config: &Config, data_dir: &Path) -> PathBuf {
     }
 }
 
-pub(super) fn server(config: &Config) -> ServerOptions {
+pub(super) fn server(config: &Config, data_dir: &Path, environment: &Environment) -> ServerOptions {
     let key = |secret: &Option<crate::config::Secret>| secret.as_ref().and_then(|secret| Secret::new(secret.expose()));
     let settings = &config.server;
     ServerOptions {
@@ -109,15 +111,19 @@ pub(super) fn server(config: &Config) -> ServerOptions {
             url: non_blank(&settings.preview_url),
             path_port: settings.preview_port,
         },
-        tls: settings
-            .tls_cert_file
-            .clone()
-            .zip(settings.tls_key_file.clone())
-            .map(|(certificate, key)| TlsFiles { certificate, key }),
+        tls: tls(config, data_dir, environment),
         version: version::this(),
         shutdown_grace: settings.shutdown_timeout.get(),
         ..ServerOptions::default()
     }
+}
+
+fn tls(config: &Config, data_dir: &Path, environment: &Environment) -> Option<TlsOptions> {
+    if let Some(acme) = acme_options(config, data_dir, environment) {
+        return Some(TlsOptions::Acme(acme));
+    }
+    let (certificate, key) = (config.server.tls_cert_file.clone()?, config.server.tls_key_file.clone()?);
+    Some(TlsOptions::Files(TlsFiles { certificate, key }))
 }
 
 /// Off, too, when no number of requests is set.

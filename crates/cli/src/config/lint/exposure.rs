@@ -2,8 +2,13 @@
 
 use std::net::IpAddr;
 
+use stacyvm_server::is_certifiable;
+
 use super::{Linter, site};
 use crate::check::Check;
+
+/// Where CAs look at a challenge by TLS-ALPN-01 (RFC 8737 3).
+const HTTPS_PORT: u16 = 443;
 
 impl Linter<'_> {
     pub(super) fn exposure(&mut self) {
@@ -11,6 +16,7 @@ impl Linter<'_> {
         self.allowed_hosts();
         self.origins();
         self.preview_domain();
+        self.acme();
     }
 
     fn host(&mut self) {
@@ -23,11 +29,14 @@ impl Linter<'_> {
         let has_key = configured || demanded;
         if is_loopback(&host) {
             self.pass(KEY, format!("{host} is reached from this machine only"));
+        } else if has_key && self.has_tls() {
+            self.pass(KEY, format!("{host} is reached from other machines, over TLS"));
         } else if has_key {
             self.warn(
                 KEY,
                 format!("{host} is reached from other machines, over plain HTTP: keys can be read on the way"),
-                "listen on 127.0.0.1 behind a proxy that does TLS, or let only a private network reach it",
+                "set server.acme or server.tls_cert_file, listen on 127.0.0.1 behind a proxy that does TLS, or let only a \
+                 private network reach it",
             );
         } else {
             self.fail(
@@ -35,6 +44,43 @@ impl Linter<'_> {
                 format!("{host} is reached from other machines, and there is no key: the server will not start"),
                 "set auth.api_key_file, or listen on 127.0.0.1",
             );
+        }
+    }
+
+    fn has_tls(&self) -> bool {
+        !self.settings.text("server.tls_cert_file").is_empty()
+            || self.settings.parsed("server.acme.enabled") == Some(true)
+    }
+
+    /// Certificates that the server has issued to itself: whether they can be,
+    /// and for all that is shown.
+    fn acme(&mut self) {
+        const DIRECTORY: &str = "server.acme.directory_url";
+        const HOOK: &str = "server.acme.dns_hook";
+        if self.settings.parsed("server.acme.enabled") != Some(true) {
+            return;
+        }
+        if self.settings.text(DIRECTORY).contains("staging") {
+            let fix = "take it out once an order has worked";
+            self.risk(DIRECTORY, "nobody trusts what a CA for trying out issues", fix);
+        } else {
+            self.pass(DIRECTORY, "certificates come from a CA");
+        }
+        if !self.settings.text(HOOK).is_empty() {
+            return self.pass(HOOK, "names are proven by DNS, and previews have a wildcard");
+        }
+        let domain = self.settings.text("server.preview_domain").to_owned();
+        let name = domain.split(':').next().unwrap_or_default();
+        if is_certifiable(name) {
+            let message = format!("previews below {name} have no certificate: a wildcard is proven by a DNS record");
+            self.risk(HOOK, message, "set it to a program that sets the record");
+        } else {
+            self.pass(HOOK, "the API's names are proven at port 443");
+        }
+        let port = self.settings.parsed::<u16>("server.port").unwrap_or_default();
+        if port != HTTPS_PORT {
+            let message = format!("the CA proves names at port {HTTPS_PORT}, and this server listens on {port}");
+            self.warn("server.port", message, "let port 443 lead here, listen on it, or set server.acme.dns_hook");
         }
     }
 

@@ -86,6 +86,28 @@ fn what_is_reached_from_elsewhere_needs_a_key() {
 }
 
 #[test]
+fn certificates_of_a_ca_are_for_all_that_is_shown() {
+    let yaml = |server: &str, acme: &str| {
+        let acme =
+            format!("{{enabled: true, email: ops@example.com, agree_terms: true, names: [vm.example.com]{acme}}}");
+        format!("server: {{host: 0.0.0.0{server}, acme: {acme}}}\nauth: {{api_key: {KEY}}}")
+    };
+    expect("server.host", FINE, &yaml("", ""));
+    expect("server.port", HINT, &yaml("", ""));
+    expect("server.acme.dns_hook", FINE, &yaml("", ""));
+    expect("server.acme.dns_hook", RISK, &yaml(", preview_domain: 'example.net:8443'", ""));
+    expect("server.acme.dns_hook", FINE, &yaml(", preview_domain: example.net", ", dns_hook: /etc/hook"));
+    expect("server.acme.directory_url", FINE, &yaml("", ""));
+    let staging = ", directory_url: 'https://acme-staging-v02.api.letsencrypt.org/directory'";
+    expect("server.acme.directory_url", RISK, &yaml("", staging));
+    for quiet in [yaml(", port: 443", ""), yaml("", ", dns_hook: /etc/hook"), String::new()] {
+        let checks = judge(&quiet, Strictness::Production);
+        assert!(!checks.0.iter().any(|check| check.name == "server.port"), "{quiet}: {checks:#?}");
+    }
+    expect("config", WRONG, &yaml("", ", agree_terms: false").replace("agree_terms: true, ", ""));
+}
+
+#[test]
 fn names_and_origins_are_ones_own() {
     expect("server.allowed_hosts", FINE, "server: {allowed_hosts: ['*.vm.example.com']}");
     expect("server.allowed_hosts", RISK, "server: {allowed_hosts: ['*.co.uk']}");

@@ -140,7 +140,7 @@ impl Drop for Server {
 /// The address in the first line of a server, once that line is there.
 fn announced_url(out: &str) -> Option<String> {
     let line = out.lines().next().filter(|_| out.contains('\n'))?;
-    let url = &line[line.find("http://").unwrap_or_else(|| panic!("no address in: {line}"))..];
+    let url = &line[line.find("http").unwrap_or_else(|| panic!("no address in: {line}"))..];
     Some(url.split([',', ' ', '"']).next().unwrap_or(url).to_owned())
 }
 
