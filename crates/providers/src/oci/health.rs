@@ -124,12 +124,9 @@ async fn namespaces(runtime: &Runtime, report: &mut HealthReport) -> Option<Pair
         }
         Some(FailureKind::KernelFilesHidden) => report.fail(NAME, chain(&error), KERNEL_FILES_FIX),
         Some(FailureKind::System | FailureKind::UnknownUser | FailureKind::Image | FailureKind::OwnersFixed) | None => {
-            report.fail(
-                NAME,
-                format!("namespaces cannot be made: {}", chain(&error)),
-                "run the server as root; in a container, allow CAP_SYS_ADMIN and unshare; \
-             see that /proc/sys/user/max_user_namespaces and max_net_namespaces are not used up",
-            )
+            let fix = "run the server as root; in a container, allow CAP_SYS_ADMIN and unshare; \
+                       see that /proc/sys/user/max_user_namespaces and max_net_namespaces are not used up";
+            report.fail(NAME, format!("namespaces cannot be made: {}", chain(&error)), fix);
         }
     }
     None
