@@ -16,6 +16,8 @@
 //!
 //! With a program that sets DNS records ([`DnsHook`]) names are proven by DNS-01,
 //! which alone gives wildcards; without one by TLS-ALPN-01 on our own listener.
+//! The protocol is `instant-acme`'s; `rustls-acme` does more of the rest, but
+//! knows no DNS-01, and brings a second HTTP client.
 
 mod client;
 mod hook;
