@@ -1,7 +1,7 @@
 //! A docker daemon of the tests' own (`tests/dockerd.sh`): one for all tests of
 //! a program, or one for a test that kills it.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -85,14 +85,22 @@ impl Dockerd {
     }
 
     pub(crate) fn client(&self, arguments: &[&str]) -> std::process::Output {
-        Command::new("docker")
-            .args(arguments)
-            .env("DOCKER_HOST", format!("unix://{}", self.socket().display()))
-            .env("DOCKER_CONFIG", self.directory.join("client"))
-            .env_remove("DOCKER_CONTEXT")
-            .stdin(Stdio::null())
-            .output()
-            .expect("docker's client is there")
+        self.command_line(arguments).output().expect("docker's client is there")
+    }
+
+    /// Starts docker's own client and reads what it writes, line by line.
+    pub(crate) fn follow(&self, arguments: &[&str]) -> Followed {
+        let mut process =
+            self.command_line(arguments).stdout(Stdio::piped()).spawn().expect("docker's client is there");
+        let lines = BufReader::new(process.stdout.take().expect("piped")).lines();
+        Followed { process, lines }
+    }
+
+    fn command_line(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("docker");
+        command.args(arguments).env("DOCKER_HOST", format!("unix://{}", self.socket().display()));
+        command.env("DOCKER_CONFIG", self.directory.join("client")).env_remove("DOCKER_CONTEXT").stdin(Stdio::null());
+        command
     }
 
     /// An image of a file system in an archive, with a configuration as in a
@@ -111,6 +119,28 @@ impl Dockerd {
         let made = Command::new(script).arg(&archive).arg(IMAGE).output().expect("the script starts");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         self.docker(&["load", "--quiet", "--input", archive.to_str().expect("text")]);
+    }
+}
+
+/// A client of docker's that runs. Ends with the value.
+pub(crate) struct Followed {
+    process: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Iterator for Followed {
+    type Item = String;
+
+    /// Waits for the next line.
+    fn next(&mut self) -> Option<String> {
+        self.lines.next()?.ok()
+    }
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        self.process.kill().ok();
+        self.process.wait().ok();
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::process::{Child, Command};
 
 use super::AcmeError;
 
-/// Of what it says on its standard error, the last bytes go into our messages.
+/// Of what it says on its standard error, the last bytes go into our log.
 const KEPT_BYTES: usize = 1024;
 
 /// A program that sets DNS records.
@@ -42,12 +42,25 @@ pub(super) enum Step {
 pub(crate) enum HookError {
     #[error("cannot be started: {0}")]
     Start(std::io::Error),
-    #[error("ended with {status}{}", said(.text))]
-    Failed { status: ExitStatus, text: String },
+    /// What it said is for the log alone: programs print their tokens at times.
+    #[error("ended with {status}; the server's log has what it said")]
+    Failed { status: ExitStatus, said: String },
     #[error("did not end within {} s and was killed; see server.acme.dns_hook_timeout", .0.as_secs())]
     TookTooLong(Duration),
     #[error("cannot be waited for: {0}")]
     Wait(std::io::Error),
+    #[error("did not end before the server")]
+    Closing,
+}
+
+impl HookError {
+    /// The last of its standard error.
+    pub(super) fn said(&self) -> &str {
+        match self {
+            Self::Failed { said, .. } => said,
+            Self::Start(_) | Self::TookTooLong(_) | Self::Wait(_) | Self::Closing => "",
+        }
+    }
 }
 
 impl Step {
@@ -93,14 +106,14 @@ impl DnsHook {
             // Its children may still write when it has ended.
             tokio::join!(child.wait(), last_of(stderr))
         });
-        let Ok((status, text)) = ended.await else {
+        let Ok((status, said)) = ended.await else {
             group.kill();
             child.wait().await.map_err(HookError::Wait)?;
             return Err(HookError::TookTooLong(self.timeout));
         };
         group.leave();
         let status = status.map_err(HookError::Wait)?;
-        if status.success() { Ok(()) } else { Err(HookError::Failed { status, text }) }
+        if status.success() { Ok(()) } else { Err(HookError::Failed { status, said }) }
     }
 }
 
@@ -150,10 +163,6 @@ async fn last_of(stream: Option<impl AsyncRead + Unpin>) -> String {
     String::from_utf8_lossy(&kept).trim().to_owned()
 }
 
-fn said(text: &str) -> String {
-    if text.is_empty() { String::new() } else { format!(" and said: {text}") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,11 +195,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn its_failure_says_what_it_said() {
+    async fn what_it_said_is_kept_apart() {
         let directory = tempfile::tempdir().unwrap();
         let hook = script(directory.path(), "echo 'no such zone' >&2; exit 3");
-        let error = hook.call(Step::Cleanup, "a.", "b").await.unwrap_err().to_string();
-        assert_eq!(error, "ended with exit status: 3 and said: no such zone");
+        let error = hook.call(Step::Cleanup, "a.", "b").await.unwrap_err();
+        assert_eq!(error.to_string(), "ended with exit status: 3; the server's log has what it said");
+        assert!(matches!(error, HookError::Failed { said, .. } if said == "no such zone"));
     }
 
     #[tokio::test]

@@ -16,6 +16,8 @@
 //!
 //! With a program that sets DNS records ([`DnsHook`]) names are proven by DNS-01,
 //! which alone gives wildcards; without one by TLS-ALPN-01 on our own listener.
+//! The protocol is `instant-acme`'s; `rustls-acme` does more of the rest, but
+//! knows no DNS-01, and brings a second HTTP client.
 
 mod client;
 mod hook;
@@ -211,7 +213,9 @@ impl Acme {
     pub(crate) async fn keep(self: Arc<Self>, index: usize, closing: CancellationToken) {
         let wanted = &self.wanted[index];
         let (mut unreachable, mut refused) = (0, 0);
-        let mut due = self.resolver.current(index).map_or_else(SystemTime::now, |issued| renewal(&issued));
+        // One for other names is better than none, until there is another.
+        let current = self.resolver.current(index).filter(|issued| issued.covers(&wanted.names));
+        let mut due = current.map_or_else(SystemTime::now, |issued| renewal(&issued));
         loop {
             self.update(index, |state| state.next_attempt = Some(time_of(due)));
             if !sleep_until(due, &closing).await {
@@ -318,7 +322,7 @@ impl Acme {
             "a self-signed one is shown meanwhile"
         };
         let next = stacyvm_api::Duration::from(Duration::from_secs(pause.as_secs()));
-        tracing::warn!(certificate = wanted.label, names = %wanted.names.join(", "), %error, again_in = %next, "no certificate was issued; {in_use}");
+        tracing::warn!(certificate = wanted.label, names = %wanted.names.join(", "), %error, said = error.said(), again_in = %next, "no certificate was issued; {in_use}");
         self.update(index, |state| {
             state.failures = state.failures.saturating_add(1);
             state.last_error = Some(error.to_string());
@@ -350,7 +354,7 @@ pub fn stored_certificates(
         client::roots(path)?;
     }
     let stored = wanted.into_iter().map(|wanted| {
-        let issued = store.certificate(&wanted).ok().flatten();
+        let issued = store.certificate(&wanted).ok().flatten().filter(|issued| issued.covers(&wanted.names));
         StoredCertificate { life: issued.as_ref().map(Life::of), names: wanted.names }
     });
     Ok(stored.collect())

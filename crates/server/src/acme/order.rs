@@ -55,6 +55,11 @@ impl OrderError {
         error.downcast_ref::<reqwest::Error>().is_some_and(|error| error.is_connect() || error.is_timeout())
     }
 
+    /// What the hook said, if it was the hook.
+    pub(super) fn said(&self) -> &str {
+        if let Self::Hook { error, .. } = self { error.said() } else { "" }
+    }
+
     pub(super) fn is_unknown_account(&self) -> bool {
         matches!(self, Self::Ca(instant_acme::Error::Api(problem)) if problem.r#type.as_deref() == Some(UNKNOWN_ACCOUNT))
     }
@@ -180,11 +185,12 @@ impl Proving<'_> {
                         tokio::time::sleep(CLOSING_GRACE).await;
                     };
                     let removed = tokio::select! {
-                        removed = hook.call(Step::Cleanup, &fqdn, &value) => removed.map_err(|error| error.to_string()),
-                        () = in_time => Err("did not end before the server".to_owned()),
+                        removed = hook.call(Step::Cleanup, &fqdn, &value) => removed,
+                        () = in_time => Err(HookError::Closing),
                     };
                     if let Err(error) = removed {
-                        tracing::warn!(fqdn, %error, "server.acme.dns_hook did not remove a record");
+                        let said = error.said();
+                        tracing::warn!(fqdn, %error, said, "server.acme.dns_hook did not remove a record");
                     }
                 }
             }

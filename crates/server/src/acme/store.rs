@@ -45,11 +45,10 @@ impl Store {
         Self { dir: state_dir.join(name) }
     }
 
-    /// The certificate for these names, if there is one.
+    /// The certificate that was issued last. It may be for other names than are
+    /// wanted now.
     pub(super) fn certificate(&self, wanted: &Wanted) -> Result<Option<Issued>, UnusableCertificate> {
-        let Some(pem) = self.read(&certificate_file(wanted))? else { return Ok(None) };
-        let issued = Issued::parse(&pem)?;
-        Ok(issued.covers(&wanted.names).then_some(issued))
+        self.read(&certificate_file(wanted))?.map(|pem| Issued::parse(&pem)).transpose()
     }
 
     pub(super) fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {

@@ -186,7 +186,8 @@ async fn a_hook_that_fails_or_hangs_is_reported_and_harms_nothing() {
     assert_eq!(
         troubles[0],
         format!(
-            "server.acme.dns_hook (present _acme-challenge.{API}.) ended with exit status: 3 and said: no such zone"
+            "server.acme.dns_hook (present _acme-challenge.{API}.) ended with exit status: 3; the server's log has what \
+             it said"
         )
     );
     assert!(troubles[1].contains("did not end within 1 s and was killed"), "{troubles:?}");
@@ -220,7 +221,7 @@ async fn an_account_that_the_ca_forgot_is_made_anew() {
     let options = |names: &[&str], ca: &Ca| server(with_hook(ca.options(state.path(), names), ca.hook()));
     let fixture = Fixture::with_options(options(&[API], &ca)).await;
     let root = ca.root().await;
-    issued(fixture.address, API, &root).await;
+    let before = issued(fixture.address, API, &root).await;
     // It keeps its accounts in memory.
     ca.stop();
     ca.start(CaOptions::default()).await;
@@ -231,6 +232,11 @@ async fn an_account_that_the_ca_forgot_is_made_anew() {
     })
     .await;
     assert!(error.contains("accountDoesNotExist"), "{error}");
+    assert_eq!(
+        shown(fixture.address, API, &root).await,
+        Some(before),
+        "the old one stays, though other names are wanted"
+    );
     let account = files(state.path()).into_iter().find(|path| path.ends_with("account.json"));
     assert_eq!(account, None, "the next try makes another");
 }

@@ -1,11 +1,13 @@
 //! The daemon is killed and comes back.
 
-use stacyvm_api::{ErrorCode, SandboxState};
+use std::sync::Arc;
+
+use stacyvm_api::{ErrorCode, ListQuery, SandboxId, SandboxState};
 use stacyvm_client::SandboxClient;
 
 use super::dockerd::Dockerd;
 use super::{containers, only_docker, start};
-use crate::support::{Server, Site, create, eventually, output, script, sh, small};
+use crate::support::{Server, Site, create, eventually, eventually_equal, output, script, sh, small};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sandboxes_are_unavailable_without_their_daemon_and_recover_with_it() {
@@ -69,6 +71,67 @@ async fn a_server_that_starts_without_its_daemon_waits_for_it() {
     assert_eq!(output(&sandbox, "cat file").await, "kept");
     sandbox.destroy().await.expect("destroyed");
     assert_eq!(containers(&site, &daemon), Vec::<String>::new());
+}
+
+/// A server is killed in the middle of a creation, its daemon with it, and the
+/// next server finds no daemon: what was half made goes once there is one again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_half_made_is_removed_when_the_daemon_is_back() {
+    let daemon = Dockerd::start();
+    // The container that is there but does not run, and the one that does but
+    // has not heard from us; neither is a sandbox that could be adopted.
+    for (step, policy) in [("create", "remove"), ("start", "remove"), ("create", "adopt"), ("start", "adopt")] {
+        let (site, settings) = (Site::new(), [("STACYVM_PROVIDERS_UNKNOWN_SANDBOXES", policy)]);
+        let server = start(&site, &daemon, &settings).await;
+        let (site, id) = kill_at(step, server, &daemon).await;
+
+        let server = start(&site, &daemon, &settings).await;
+        let client = server.client();
+        let half_made = client.sandbox(id.clone());
+        let record = half_made.get().await.expect("its record");
+        assert!(!matches!(record.state, SandboxState::Running | SandboxState::Creating), "{step}: {record:?}");
+        daemon.restart();
+        let what = format!("{step}, {policy}: nothing is left");
+        eventually_equal(&what, &Vec::new(), async || containers(&site, &daemon)).await;
+        let gone = ListQuery { state: Some(SandboxState::Destroyed), ..ListQuery::default() };
+        let reason = Some("the server ended while it was made".to_owned());
+        eventually_equal(&format!("{step}, {policy}: its record is settled"), &reason, async || {
+            let rows = client.list_all(&gone).await.expect("listed");
+            rows.into_iter().find(|row| row.id == id).and_then(|row| row.reason)
+        })
+        .await;
+        assert_eq!(client.list_all(&ListQuery::default()).await.expect("listed"), []);
+        let fresh = create(&client, &small()).await;
+        assert_eq!(output(&fresh, "echo fresh").await, "fresh");
+        fresh.destroy().await.expect("destroyed");
+        assert_eq!(containers(&site, &daemon), Vec::<String>::new());
+    }
+}
+
+/// Kills a server as soon as its daemon reports this step of a creation, and
+/// then the daemon. What was being made.
+async fn kill_at(step: &str, server: Server, daemon: &Dockerd) -> (Arc<Site>, SandboxId) {
+    // The daemon tells what was before, too: the follower is there once it has
+    // heard of this one, and from here on a creation makes one container.
+    let before = create(&server.client(), &small()).await;
+    let name_before = before.id().to_string();
+    before.destroy().await.expect("destroyed");
+    let event = format!("event={step}");
+    let names = ["events", "--since", "1h", "--format", "{{.Actor.Attributes.name}}"];
+    let mut names = daemon.follow(&[&names[..], &["--filter", "type=container", "--filter", &event]].concat());
+    assert!(names.any(|name| name == name_before), "the events end");
+    let client = server.client();
+    let creating = tokio::spawn(async move { client.create(&small()).await });
+    let killed = tokio::task::spawn_blocking(move || {
+        let name = names.next();
+        (server.kill(), name)
+    });
+    let (site, name) = killed.await.expect("no panic");
+    creating.await.expect("no panic").expect_err("it was not finished");
+    let name = name.expect("an event");
+    assert_eq!(containers(&site, daemon), std::slice::from_ref(&name), "{step}");
+    daemon.kill();
+    (site, name.parse().expect("the name of a sandbox"))
 }
 
 async fn until(sandbox: &SandboxClient, state: SandboxState) {
