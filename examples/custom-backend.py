@@ -11,8 +11,8 @@ import glob, hmac, http.server, json, os, shutil, subprocess, sys, tempfile, tim
 KEY, BOXES = os.environ.get("BACKEND_KEY", ""), {}  # BOXES: id -> (its directory, what holds its namespaces, pid inside)
 HOLD = """for d in bin lib lib64 sbin usr etc; do
   if [ -L /$d ]; then cp -P /$d "$0/"; elif [ -d /$d ]; then mkdir "$0/$d"; mount --bind -o ro /$d "$0/$d"; fi; done
-mount --rbind /dev "$0/dev"; mount -t proc proc "$0/proc"; echo "$1" > /proc/sys/kernel/hostname; echo ready
-exec chroot "$0" cat"""  # Until its input ends, which it does with this program, however that ends.
+mount --rbind /dev "$0/dev"; mount -t proc proc "$0/proc"; echo "$1" > /proc/sys/kernel/hostname
+exec chroot "$0" sh -c 'echo ready; exec cat'"""  # Until its input ends: with this program, however that ends.
 
 class Backend(http.server.BaseHTTPRequestHandler):
     def handle_call(self):

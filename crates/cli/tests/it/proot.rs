@@ -1,5 +1,6 @@
 //! The provider `proot`, from making its root to a command in a sandbox.
 
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 use crate::support::{Server, Site, eventually};
@@ -34,19 +35,59 @@ async fn a_root_is_made_and_commands_run_in_it() {
     assert!(!kept.stdout().contains("running"), "{kept}");
 }
 
+/// A tool that works on when its caller ends would fill a directory that nobody
+/// knows of.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_interrupted_build_had_begun_is_removed() {
+    let site = Site::new();
+    let tools = site.home().join("tools");
+    std::fs::create_dir(&tools).expect("a directory");
+    // As debootstrap does: something mounted inside, and children that work on.
+    let tool = "#!/bin/sh\nfor target; do :; done\nmkdir \"$target/proc\"\nmount -t proc proc \"$target/proc\"\n\
+                echo $$ > \"$HOME/began\"\nsleep 600\n";
+    std::fs::write(tools.join("debootstrap"), tool).expect("writable");
+    std::fs::set_permissions(tools.join("debootstrap"), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .expect("ours");
+    let mut build = site.program();
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", tools.display());
+    let mut build = build.args(["rootfs", "build", "made/rootfs"]).env("PATH", path).spawn().expect("it starts");
+    let began = site.home().join("began");
+    let tool = eventually("debootstrap begins", async || {
+        std::fs::read_to_string(&began).ok()?.trim().parse::<i32>().ok().and_then(Pid::from_raw)
+    })
+    .await;
+    let pid = Pid::from_raw(build.id().cast_signed()).expect("a process");
+    rustix::process::kill_process(pid, Signal::TERM).expect("it runs");
+    assert_eq!(build.wait().expect("it ends").code(), Some(1));
+    assert!(rustix::process::test_kill_process(tool).is_err(), "the tool works on");
+    let left: Vec<_> = std::fs::read_dir(site.home().join("made")).expect("a directory").flatten().collect();
+    assert!(left.is_empty(), "{left:?}");
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("readable");
+    assert!(!mounts.contains(site.home().to_str().expect("text")), "{mounts}");
+}
+
 /// What the operator's settings bound is shown, and said where it ends a
 /// command.
 #[tokio::test(flavor = "multi_thread")]
 async fn limits_in_force_are_shown_and_named() {
     let site = Site::with_image();
-    let server = Server::start_with(&site, |serve| {
-        serve.arg("--destroy-on-exit").env("STACYVM_PROVIDERS_DEFAULT", "proot");
-        serve.env("STACYVM_PROVIDERS_PROOT_MAX_MEMORY_MB", "200").env("STACYVM_PROVIDERS_PROOT_MAX_DISK_MB", "24");
-    })
-    .await;
+    let start = async |arguments: &[&str]| {
+        Server::start_with(&site, |serve| {
+            serve.args(arguments).env("STACYVM_PROVIDERS_DEFAULT", "proot");
+            serve.env("STACYVM_PROVIDERS_PROOT_MAX_MEMORY_MB", "200").env("STACYVM_PROVIDERS_PROOT_MAX_DISK_MB", "24");
+        })
+        .await
+    };
+    let server = start(&[]).await;
     let id = server.run(&["spawn", "--image", "alpine:latest"]).await.ok().stdout().trim().to_owned();
+    let before: Value = server.run(&["inspect", &id, "--json"]).await.json();
+    assert_eq!((&before["memory_mb"], &before["disk_size_mb"]), (&200.into(), &24.into()), "{before}");
+    server.stop(Signal::TERM).await;
+    let server = start(&["--destroy-on-exit"]).await;
     let shown: Value = server.run(&["inspect", &id, "--json"]).await.json();
-    assert_eq!((&shown["memory_mb"], &shown["disk_size_mb"]), (&200.into(), &24.into()), "{shown}");
+    for field in ["memory_mb", "disk_size_mb", "limits"] {
+        assert_eq!(shown[field], before[field], "after a restart: {shown}");
+    }
     let enforced = shown["limits"]["enforced"].as_array().expect("a list");
     assert!(enforced.contains(&"disk".into()) && enforced.contains(&"memory".into()), "{shown}");
     let page = server.run(&["inspect", &id]).await.ok();

@@ -64,8 +64,8 @@ pub(super) async fn upsert(connection: &mut SqliteConnection, row: &SandboxRow) 
              created_at, expires_at, updated_at, metadata, network, limits, reason, generation, has_setup,
              idempotency_key, request_digest)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20)
-         ON CONFLICT (id) DO UPDATE SET state = ?2, expires_at = ?11, updated_at = ?12, limits = ?15, reason = ?16,
-             generation = ?17, has_setup = ?18",
+         ON CONFLICT (id) DO UPDATE SET state = ?2, memory_mb = ?5, disk_size_mb = ?7, expires_at = ?11,
+             updated_at = ?12, limits = ?15, reason = ?16, generation = ?17, has_setup = ?18",
     )
     .bind(sandbox.id.as_str())
     .bind(state_word(sandbox.state))

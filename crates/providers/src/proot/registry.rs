@@ -19,6 +19,8 @@ pub(super) struct Live {
     /// The agent: when it ends, so does the sandbox.
     pub(super) agent: Option<Identity>,
     kills: Kills,
+    /// Looks in a row at which it was beyond a limit.
+    excesses: AtomicU64,
 }
 
 /// Times the watcher killed something, by the limit that was passed.
@@ -49,7 +51,7 @@ impl Live {
         agent: Option<Identity>,
     ) -> std::io::Result<Self> {
         let proot = sys::watch(proot, Interest::READABLE)?;
-        Ok(Self { record, identity, proot, agent, kills: Kills::default() })
+        Ok(Self { record, identity, proot, agent, kills: Kills::default(), excesses: AtomicU64::new(0) })
     }
 
     pub(super) fn with_agent(self, agent: Option<Identity>) -> Self {
@@ -67,6 +69,15 @@ impl Live {
 
     pub(super) fn kills(&self, limit: Limit) -> u64 {
         self.kills.of(limit).map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// How often in a row, this time included.
+    pub(super) fn count_excess(&self, exceeds: bool) -> u64 {
+        if exceeds {
+            return self.excesses.fetch_add(1, Ordering::Relaxed) + 1;
+        }
+        self.excesses.store(0, Ordering::Relaxed);
+        0
     }
 
     /// Before it is done: whoever sees the end asks for the reason at once.

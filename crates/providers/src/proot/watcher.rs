@@ -1,9 +1,10 @@
 //! Holding limits that the kernel does not hold here.
 //!
 //! A few times a second it adds up what PRoot's guests use. Beyond the memory
-//! limit the largest of them is killed, as the kernel would; beyond the limits
+//! limit the largest of them are killed until the rest fits; beyond the limits
 //! on processes or files all are, but not the agent, so that callers can still
-//! look and clean up. A sandbox whose agent is gone is ended.
+//! look and clean up. A sandbox whose agent is gone is ended, and so is one that
+//! stays beyond a limit although its processes are killed.
 
 use std::fs::File;
 use std::io;
@@ -27,6 +28,9 @@ const PERIOD: Duration = Duration::from_millis(200);
 
 /// Files are counted in every so many of those.
 const DISK_EVERY: u64 = 25;
+
+/// Looks in a row at which memory or processes may be beyond their limits.
+const MAX_EXCESSES: u64 = 50;
 
 /// Deeper trees count as full: no descriptor table is deeper.
 const MAX_DEPTH: usize = 300;
@@ -73,15 +77,21 @@ fn look(live: &Live, root: Option<&Path>) {
     if record.watched.memory || record.watched.pids {
         let members = members::of(proot);
         let used: u64 = members.iter().map(|member| member.memory_bytes).sum();
-        if record.watched.memory
-            && used > record.memory_limit_bytes
-            && let Some(largest) = commands(&members).into_iter().max_by_key(|member| member.memory_bytes)
-        {
-            tracing::info!(sandbox = %record.id, used, "beyond its memory limit; its largest process is killed");
-            live.count_kill(Limit::Memory);
-            members::kill(proot, [largest.pid]);
+        let too_large = record.watched.memory && used > record.memory_limit_bytes;
+        let too_many = record.watched.pids && record.pids_limit > 0 && members.len() as u64 > record.pids_limit;
+        if live.count_excess(too_large || too_many) > MAX_EXCESSES {
+            tracing::warn!(sandbox = %record.id, used, "it stays beyond its limits; it is ended");
+            members::kill(proot, members.iter().map(|member| member.pid));
+            let _ = process::kill(live.proot());
+            return;
         }
-        if record.watched.pids && record.pids_limit > 0 && members.len() as u64 > record.pids_limit {
+        if too_large {
+            tracing::info!(sandbox = %record.id, used, "beyond its memory limit; its largest processes are killed");
+            live.count_kill(Limit::Memory);
+            let excess = used - record.memory_limit_bytes;
+            members::kill(proot, largest(commands(&members), excess).into_iter().map(|member| member.pid));
+        }
+        if too_many {
             tracing::info!(sandbox = %record.id, "beyond its limit on processes; its commands are killed");
             kill_all(live, Limit::Pids, &commands(&members));
         }
@@ -94,6 +104,18 @@ fn look(live: &Live, root: Option<&Path>) {
             kill_all(live, Limit::Disk, &commands(&members::of(proot)));
         }
     }
+}
+
+/// As few as together have this much.
+fn largest(mut members: Vec<Member>, excess: u64) -> Vec<Member> {
+    members.sort_unstable_by_key(|member| std::cmp::Reverse(member.memory_bytes));
+    let mut sum = 0u64;
+    let needed = |member: &Member| {
+        let before = sum;
+        sum += member.memory_bytes;
+        before < excess
+    };
+    members.into_iter().take_while(needed).collect()
 }
 
 fn kill_all(live: &Live, limit: Limit, commands: &[Member]) {
@@ -134,4 +156,20 @@ fn below(directory: &File, depth: usize) -> u64 {
         }
     }
     total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_few_processes_go_as_have_what_is_too_much() {
+        let member = |pid, memory_bytes| Member { pid, memory_bytes };
+        let members = vec![member(1, 10), member(2, 300), member(3, 200), member(4, 0)];
+        let pids = |excess| largest(members.clone(), excess).iter().map(|member| member.pid).collect::<Vec<_>>();
+        assert_eq!(pids(1), [2]);
+        assert_eq!(pids(300), [2]);
+        assert_eq!(pids(301), [2, 3]);
+        assert_eq!(pids(10_000), [2, 3, 1, 4]);
+    }
 }
