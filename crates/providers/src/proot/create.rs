@@ -43,7 +43,12 @@ const MAX_LOG_CHARS: usize = 2000;
 
 /// What to do where the host's network may not be shared.
 pub(super) const KEY_FIX: &str = "make a key (`stacyvm key create NAME`), so that not everybody who reaches this port \
-                                  can use the host's network; or use a host whose kernel gives namespaces";
+                                  can use the host's network; or let sandboxes have namespaces of their own \
+                                  (providers.proot.namespaces, and a kernel that gives them)";
+
+/// The same where sandboxes have networks of their own, unless this is asked for.
+const OWN_NETWORK_FIX: &str = "leave the network `host` out: sandboxes have one of their own here (`none`); or make a \
+                               key (`stacyvm key create NAME`)";
 
 /// Everything decided before anything is made.
 struct Plan {
@@ -114,10 +119,11 @@ fn plan_network(runtime: &Runtime, spec: &SandboxSpec) -> Result<bool, ProviderE
             if runtime.options.shared_network.is_given() {
                 Ok(true)
             } else {
+                let fix = if runtime.shared.is_none() { OWN_NETWORK_FIX } else { KEY_FIX };
                 Err(ProviderError::Unavailable {
                     provider: NAME.to_owned(),
                     message: "sandboxes would share this host's network, and this server demands no key".into(),
-                    hint: Some(KEY_FIX.into()),
+                    hint: Some(fix.into()),
                     cause: None,
                 })
             }

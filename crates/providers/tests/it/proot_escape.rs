@@ -135,6 +135,10 @@ async fn others_are_left_alone() {
         try("nice of a user", 141, 2, 0, 5);
         try("nice of oneself", 141, 0, 0, 5);
         try("scheduler", 144, {own}, 0, pack("i", 0));
+        open(my $status, "<", "/proc/self/status");
+        my ($proot) = map {{ /^TracerPid:\s+(\d+)/ ? $1 + 0 : () }} <$status>;
+        try("processors of PRoot", 203, $proot, 8, pack("Q", 1));
+        try("processors of oneself", 203, $$ + 0, 8, pack("Q", 1));
         try("pidfd_send_signal", 424, 0, 9, 0, 0);
         try("shared memory", 29, 4711, 4096, 0600);
         try("file in memory", 319, my $n = "x", 0);
@@ -148,7 +152,7 @@ async fn others_are_left_alone() {
     );
     let ran = fixture.run(&id, crate::proot_fixture::argv(&["perl", "-e", &script])).await;
     let expected = "prlimit 1, prlimit of oneself worked, reading limits worked, nice 1, nice of a user 1, \
-                    nice of oneself worked, scheduler 1, pidfd_send_signal 38, shared memory 38, file in memory 38, \
+                    nice of oneself worked, scheduler 1, processors of PRoot 1, processors of oneself worked, pidfd_send_signal 38, shared memory 38, file in memory 38, \
                     owner of signals 1, not dumpable 1, datagrams to paths 1, raw to paths 1, pair of datagrams 1, \
                     streams worked, datagrams elsewhere worked, ";
     assert_eq!(ran.stdout, expected, "{ran:?}");

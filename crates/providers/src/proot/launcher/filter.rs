@@ -156,6 +156,8 @@ fn apart(proot: i32) -> Vec<(i64, Program)> {
 
     let only_zero = |index| [vec![load(argument(index))], equal(0, &[ALLOW]), vec![give(EPERM)]].concat();
     decisions.extend(SCHEDULING.iter().map(|number| (*number, only_zero(0))));
+    // Programs name their own threads here.
+    decisions.push((libc::SYS_sched_setaffinity, not_of(0, &[proot])));
     for (number, everybody) in [(libc::SYS_setpriority, libc::PRIO_USER), (libc::SYS_ioprio_set, IOPRIO_WHO_USER)] {
         let refused = [vec![load(argument(0))], equal(everybody, &[give(EPERM)])].concat();
         decisions.push((number, [refused, only_zero(1)].concat()));
