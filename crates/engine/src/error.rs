@@ -275,16 +275,19 @@ fn session_code(error: &SessionError) -> ErrorCode {
     }
 }
 
-/// Limits of the sandbox that what runs in it has used up.
+/// What to do about a limit of the sandbox that is used up, or about its runtime.
 fn session_hint(error: &SessionError) -> Option<&'static str> {
     match error {
         SessionError::PidsExhausted => Some("signal a command that runs, or make a sandbox with a larger pids_limit"),
         SessionError::MemoryExhausted => Some("end a command that runs, or make a sandbox with a larger memory_mb"),
         SessionError::DiskFull => Some("remove files, or make a sandbox with a larger disk_size_mb"),
         SessionError::Unavailable(_) => Some(
-            "`stacyvm providers` says whether its runtime is there; a command that has begun goes on, and \
-             `stacyvm ps` shows it once it is",
+            "`stacyvm providers` says whether its runtime is there, and `stacyvm ps ID` whether a command that had \
+             begun goes on",
         ),
+        SessionError::Failed { .. } => {
+            Some("`stacyvm providers` says whether its runtime works; the server's log has the cause")
+        }
         SessionError::Gone
         | SessionError::InvalidArgument(_)
         | SessionError::FileNotFound(_)
@@ -296,8 +299,7 @@ fn session_hint(error: &SessionError) -> Option<&'static str> {
         | SessionError::DeadlineExceeded
         | SessionError::Limited(_)
         | SessionError::Unsupported(_)
-        | SessionError::PortClosed(_)
-        | SessionError::Failed { .. } => None,
+        | SessionError::PortClosed(_) => None,
     }
 }
 
