@@ -28,7 +28,7 @@ fn marked_configuration() -> (String, usize) {
 
 /// Keys that have to be as they should be: a server would not start, or the
 /// marked database would be another one.
-const LEFT_ALONE: [&str; 13] = [
+const LEFT_ALONE: [&str; 14] = [
     "data_dir",
     "path",
     "host",
@@ -39,6 +39,7 @@ const LEFT_ALONE: [&str; 13] = [
     "run_dir",
     "api_key_file",
     "admin_api_key_file",
+    "eab_hmac_key_file",
     "docker_config",
     "tls_cert_file",
     "tls_key_file",

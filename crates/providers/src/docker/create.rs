@@ -11,6 +11,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bollard::models::EndpointSettings;
 use bollard::query_parameters::CreateContainerOptionsBuilder;
 use stacyvm_api::{Limit, SandboxId};
 use stacyvm_envd::GuestKernel;
@@ -81,7 +82,7 @@ async fn make(server: &Server, plan: Plan) -> Result<Plan, DockerError> {
     let (plan, container) = make_container(server, plan).await?;
     let started = boot::start(&server.daemon, &container, &plan.boot(&server.options)).await;
     let kernel = started.map_err(|error| started_failure(error, server))?;
-    verify(server, &container, &kernel).await?;
+    verify(server, &plan, &container, &kernel).await?;
     Ok(plan)
 }
 
@@ -137,9 +138,9 @@ fn started_failure(error: DockerError, server: &Server) -> DockerError {
     error
 }
 
-/// The container runs on the configured runtime, and the guest is what that
-/// runtime stands for.
-async fn verify(server: &Server, container: &str, kernel: &GuestKernel) -> Result<(), DockerError> {
+/// The container runs on the configured runtime and has the network that was
+/// asked for, and the guest is what that runtime stands for.
+async fn verify(server: &Server, plan: &Plan, container: &str, kernel: &GuestKernel) -> Result<(), DockerError> {
     let wanted = server.options.runtime.as_str();
     let found = server.daemon.client.inspect_container(container, None).await;
     let found = found.map_err(DockerError::api("look at the container"))?;
@@ -147,9 +148,33 @@ async fn verify(server: &Server, container: &str, kernel: &GuestKernel) -> Resul
     if runtime != wanted {
         return Err(DockerError::NotAsPromised(format!("the runtime is `{runtime}` instead of `{wanted}`")));
     }
+    let networks = found.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    if networks.get(plan.network.mode()).is_some_and(is_unconnected) {
+        return Err(DockerError::UnknownNetwork(plan.network.to_string()));
+    }
     if !found.state.and_then(|state| state.running).unwrap_or(false) {
         return Err(DockerError::AgentEnded("it ended after its first answer".to_owned()));
     }
     let facts = server.daemon.facts().await?;
     facts.promise_of(wanted).check(kernel, &facts.kernel).map_err(DockerError::NotAsPromised)
+}
+
+/// A daemon that was started with `--bridge=none` says that a container has the
+/// network `bridge`, and gives it none.
+fn is_unconnected(endpoint: &EndpointSettings) -> bool {
+    endpoint.network_id.as_deref() == Some("")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_that_is_only_a_name_is_none() {
+        let endpoint = |id: Option<&str>| EndpointSettings { network_id: id.map(str::to_owned), ..Default::default() };
+        assert!(is_unconnected(&endpoint(Some(""))));
+        assert!(!is_unconnected(&endpoint(Some("93e468b77a22"))));
+        // Daemons that are not Docker's may leave it out.
+        assert!(!is_unconnected(&endpoint(None)));
+    }
 }
