@@ -4,15 +4,18 @@
 //! everything with it. Elsewhere the one thing that no guest can shed is its
 //! tracer: sessions, parents and environments change, `TracerPid` does not. So
 //! PRoot is stopped first, which stops every fork of a guest half-way, then
-//! whatever it traces is killed, and PRoot last. Should PRoot have died before,
-//! its guests are known by the sandbox's own uid, or by what they have open of
-//! the sandbox's root.
+//! whatever it traces is killed, and PRoot last, or it goes on. Without the stop
+//! a fork bomb grows faster than it is killed: what is killed waits for PRoot,
+//! which sees to one process at a time. Should PRoot have died before, its
+//! guests are known by the sandbox's own uid, or by what they have open of the
+//! sandbox's root.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -41,15 +44,12 @@ struct Row {
 }
 
 /// Kills everything of a sandbox and waits until it is gone.
-pub(super) async fn end(live: &Live, sandbox: &Path) -> Result<(), ProotError> {
+pub(super) async fn end(live: &Arc<Live>, sandbox: &Path) -> Result<(), ProotError> {
     let unkillable = || ProotError::Unkillable(live.record.id.clone());
-    let kill_error = ProotError::system("kill the sandbox");
-    let mut killed = Vec::new();
-    if !live.record.namespaces && !process::has_ended(live.proot()).map_err(ProotError::system("look at PRoot"))? {
-        killed = kill_traced(live).await.map_err(ProotError::system("kill what PRoot traces"))?;
-    }
-    process::kill(live.proot()).map_err(kill_error)?;
-    for process in killed {
+    let killing = Arc::clone(live);
+    let killed = tokio::task::spawn_blocking(move || kill_with_proot(&killing)).await;
+    let killed = killed.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
+    for process in killed.map_err(ProotError::system("kill the sandbox"))? {
         let process = sys::watch(process, Interest::READABLE).map_err(ProotError::system("watch a process"))?;
         let ended = tokio::time::timeout(DEATH_LIMIT, process.readable()).await.map_err(|_| unkillable())?;
         ended.map(drop).map_err(ProotError::system("wait for a process to end"))?;
@@ -61,26 +61,73 @@ pub(super) async fn end(live: &Live, sandbox: &Path) -> Result<(), ProotError> {
     end_stragglers(&live.record, sandbox).await
 }
 
-/// Kills whatever PRoot traces, and returns it: it ends once PRoot has, which
-/// is asked about every exit.
-async fn kill_traced(live: &Live) -> io::Result<Vec<OwnedFd>> {
-    // A stopped tracer lets nobody go on: a fork ends half-way, and its child
-    // does not begin.
-    let _ = rustix::process::pidfd_send_signal(live.proot(), Signal::STOP);
-    let proot = live.identity.pid;
-    let deadline = Instant::now() + DEATH_LIMIT;
-    let (mut seen, mut killed) = (HashSet::new(), Vec::new());
-    loop {
-        let fresh: Vec<Row> = table().filter(|row| row.tracer == proot && seen.insert(row.pid)).collect();
-        if fresh.is_empty() {
-            return Ok(killed);
-        }
-        killed.extend(fresh.iter().filter_map(|row| kill_exactly(row, |row| row.tracer == proot)));
-        if Instant::now() > deadline {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        tokio::time::sleep(PAUSE).await;
+/// Kills all of a sandbox; what is returned may take a moment to end.
+pub(super) fn kill_with_proot(live: &Live) -> io::Result<Vec<OwnedFd>> {
+    if live.record.namespaces || process::has_ended(live.proot())? {
+        return process::kill(live.proot()).map(|()| Vec::new());
     }
+    let stopped = Stopped::new(live);
+    let killed = stopped.kill_but(None)?;
+    // Before it goes on.
+    process::kill(live.proot())?;
+    Ok(killed)
+}
+
+/// PRoot, stopped until this is dropped. A stopped tracer lets nobody go on: a
+/// fork ends half-way, and its child does not begin.
+pub(super) struct Stopped<'a> {
+    live: &'a Live,
+    _alone: MutexGuard<'a, ()>,
+}
+
+impl<'a> Stopped<'a> {
+    pub(super) fn new(live: &'a Live) -> Self {
+        let alone = live.only_one_stops_it();
+        // One that has ended stops nobody.
+        let _ = rustix::process::pidfd_send_signal(live.proot(), Signal::STOP);
+        Self { live, _alone: alone }
+    }
+
+    /// Kills whatever PRoot traces, except for one, and returns it.
+    pub(super) fn kill_but(&self, spared: Option<i32>) -> io::Result<Vec<OwnedFd>> {
+        let proot = self.live.identity.pid;
+        let deadline = Instant::now() + DEATH_LIMIT;
+        let mut seen: HashSet<i32> = spared.into_iter().collect();
+        let mut killed = Vec::new();
+        loop {
+            let fresh: Vec<Row> = table().filter(|row| row.tracer == proot && seen.insert(row.pid)).collect();
+            if fresh.is_empty() {
+                break;
+            }
+            killed.extend(fresh.iter().filter_map(|row| kill_exactly(row, |row| row.tracer == proot)));
+            if Instant::now() > deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(PAUSE);
+        }
+        // They wait at their exit until PRoot has seen it, unless they are killed there.
+        killed.iter().try_for_each(process::kill)?;
+        Ok(killed)
+    }
+
+    /// Kills some of what it traces.
+    pub(super) fn kill(&self, pids: impl IntoIterator<Item = i32>) {
+        let tracer = self.live.identity.pid;
+        for pid in pids {
+            kill_exactly(&Row { pid, uids: [0; 4], tracer }, |row| row.tracer == tracer);
+        }
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        go_on(self.live.proot());
+    }
+}
+
+/// Lets a PRoot go on that was stopped; any other is as it was.
+pub(super) fn go_on(proot: impl AsFd) {
+    let _ = rustix::process::pidfd_send_signal(proot, Signal::CONT);
 }
 
 /// Whatever goes on without its PRoot.
@@ -192,11 +239,10 @@ pub(super) fn unlinked_bytes(members: &[Member]) -> u64 {
     distinct.values().sum()
 }
 
-/// Kills some of them.
-pub(super) fn kill(proot: i32, pids: impl IntoIterator<Item = i32>) {
-    for pid in pids {
-        kill_exactly(&Row { pid, uids: [0; 4], tracer: proot }, |row| row.tracer == proot);
-    }
+/// Whether it is certain that PRoot has no child, not even the agent: not every
+/// kernel tells.
+pub(super) fn is_childless(proot: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{proot}/task/{proot}/children")).is_ok_and(|pids| pids.trim().is_empty())
 }
 
 /// The agent: PRoot's first child.

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use stacyvm_api::Limit;
 use tokio::io::Interest;
@@ -21,6 +22,8 @@ pub(super) struct Live {
     kills: Kills,
     /// Looks in a row at which it was beyond a limit.
     excesses: AtomicU64,
+    /// Held while PRoot is stopped.
+    stopping: Mutex<()>,
 }
 
 /// Times the watcher killed something, by the limit that was passed.
@@ -51,7 +54,8 @@ impl Live {
         agent: Option<Identity>,
     ) -> std::io::Result<Self> {
         let proot = sys::watch(proot, Interest::READABLE)?;
-        Ok(Self { record, identity, proot, agent, kills: Kills::default(), excesses: AtomicU64::new(0) })
+        let (kills, excesses, stopping) = (Kills::default(), AtomicU64::new(0), Mutex::default());
+        Ok(Self { record, identity, proot, agent, kills, excesses, stopping })
     }
 
     pub(super) fn with_agent(self, agent: Option<Identity>) -> Self {
@@ -65,6 +69,11 @@ impl Live {
     /// Resolves when PRoot has ended.
     pub(super) async fn ended(&self) -> std::io::Result<()> {
         self.proot.readable().await.map(drop)
+    }
+
+    /// For as long as PRoot is stopped: nobody else lets it go on meanwhile.
+    pub(super) fn only_one_stops_it(&self) -> MutexGuard<'_, ()> {
+        self.stopping.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn kills(&self, limit: Limit) -> u64 {

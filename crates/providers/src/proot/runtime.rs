@@ -100,7 +100,11 @@ impl Runtime {
         };
         // Limits that are looked after from here must go on being so.
         for id in known(&runtime.layout)? {
-            runtime.adopt(&id).map_err(io::Error::other)?;
+            let found = runtime.adopt(&id).map_err(io::Error::other)?;
+            // Nobody makes one at this time, so that it had an agent.
+            if let Some(live) = found.filter(|live| members::is_childless(live.identity.pid)) {
+                watcher::end(&live, "its agent is gone");
+            }
         }
         Ok(runtime)
     }
@@ -119,6 +123,8 @@ impl Runtime {
             return Ok(None);
         }
         let Some(proot) = process::open(&identity).map_err(look())? else { return Ok(None) };
+        // The process before may have ended while it had stopped it.
+        members::go_on(&proot);
         let agent = members::agent_of(identity.pid);
         let live = Arc::new(Live::new(*record, identity, proot, agent).map_err(look())?);
         self.registry.add(id, Arc::clone(&live));

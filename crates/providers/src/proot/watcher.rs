@@ -1,10 +1,10 @@
 //! Holding limits that the kernel does not hold here.
 //!
 //! A few times a second it adds up what PRoot's guests use. Beyond the memory
-//! limit the largest of them are killed until the rest fits; beyond the limits
-//! on processes or files all are, but not the agent, so that callers can still
-//! look and clean up. A sandbox whose agent is gone is ended, and so is one that
-//! stays beyond a limit although its processes are killed.
+//! limit the largest of them are killed until the rest fits, and all if that does
+//! not help; beyond the limits on processes or files all are, but not the agent,
+//! so that callers can still look and clean up. A sandbox whose agent is gone is
+//! ended, and so is one that stays beyond a limit without its commands.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +17,7 @@ use rustix::fs::{AtFlags, Dir, FileType};
 use stacyvm_api::Limit;
 
 use super::copy::open_directory;
-use super::members::{self, Member};
+use super::members::{self, Member, Stopped};
 use super::registry::Live;
 use super::runtime::Runtime;
 use super::state;
@@ -29,7 +29,9 @@ const PERIOD: Duration = Duration::from_millis(200);
 /// Files are counted in every so many of those.
 const DISK_EVERY: u64 = 25;
 
-/// Looks in a row at which memory or processes may be beyond their limits.
+/// Looks in a row at which memory or processes may be beyond their limits before
+/// all commands are killed, and before the sandbox is ended.
+const PATIENT_EXCESSES: u64 = 5;
 const MAX_EXCESSES: u64 = 50;
 
 /// Deeper trees count as full: no descriptor table is deeper.
@@ -60,49 +62,70 @@ pub(super) async fn watch(runtime: &Arc<Runtime>) {
 }
 
 fn look(live: &Live, root: Option<&Path>) {
-    let (record, proot) = (&live.record, live.identity.pid);
     if process::has_ended(live.proot()).unwrap_or(true) {
         return;
     }
-    let agent = live.agent.as_ref().map(|agent| agent.pid);
     if live.agent.as_ref().is_some_and(|agent| matches!(process::open(agent), Ok(None))) {
-        tracing::warn!(sandbox = %record.id, "the agent is gone; its sandbox is ended");
-        members::kill(proot, members::of(proot).iter().map(|member| member.pid));
-        let _ = process::kill(live.proot());
+        return end(live, "its agent is gone");
+    }
+    look_at_processes(live);
+    if let Some(root) = root {
+        look_at_files(live, root);
+    }
+}
+
+fn look_at_processes(live: &Live) {
+    let (record, proot) = (&live.record, live.identity.pid);
+    if !record.watched.memory && !record.watched.pids {
         return;
     }
-    let commands = |members: &[Member]| -> Vec<Member> {
-        members.iter().copied().filter(|member| Some(member.pid) != agent).collect()
-    };
-    if record.watched.memory || record.watched.pids {
-        let members = members::of(proot);
-        let used: u64 = members.iter().map(|member| member.memory_bytes).sum();
-        let too_large = record.watched.memory && used > record.memory_limit_bytes;
-        let too_many = record.watched.pids && record.pids_limit > 0 && members.len() as u64 > record.pids_limit;
-        if live.count_excess(too_large || too_many) > MAX_EXCESSES {
-            tracing::warn!(sandbox = %record.id, used, "it stays beyond its limits; it is ended");
-            members::kill(proot, members.iter().map(|member| member.pid));
-            let _ = process::kill(live.proot());
-            return;
-        }
-        if too_large {
-            tracing::info!(sandbox = %record.id, used, "beyond its memory limit; its largest processes are killed");
-            live.count_kill(Limit::Memory);
-            let excess = used - record.memory_limit_bytes;
-            members::kill(proot, largest(commands(&members), excess).into_iter().map(|member| member.pid));
-        }
-        if too_many {
-            tracing::info!(sandbox = %record.id, "beyond its limit on processes; its commands are killed");
-            kill_all(live, Limit::Pids, &commands(&members));
-        }
+    let members = members::of(proot);
+    let used: u64 = members.iter().map(|member| member.memory_bytes).sum();
+    let too_large = record.watched.memory && used > record.memory_limit_bytes;
+    let too_many = record.watched.pids && record.pids_limit > 0 && members.len() as u64 > record.pids_limit;
+    let excesses = live.count_excess(too_large || too_many);
+    if excesses > MAX_EXCESSES {
+        end(live, "it stays beyond its limits");
+    } else if too_many {
+        kill_commands(live, Limit::Pids);
+    } else if too_large && excesses > PATIENT_EXCESSES {
+        kill_commands(live, Limit::Memory);
+    } else if too_large {
+        tracing::info!(sandbox = %record.id, used, "beyond its memory limit; its largest processes are killed");
+        let commands = members.into_iter().filter(|member| Some(member.pid) != agent_of(live)).collect();
+        live.count_kill(Limit::Memory);
+        let largest = largest(commands, used - record.memory_limit_bytes);
+        Stopped::new(live).kill(largest.into_iter().map(|member| member.pid));
     }
-    if let Some(root) = root {
-        let unlinked = members::unlinked_bytes(&members::of(proot));
-        let used = disk_bytes(root).unwrap_or(0).saturating_add(unlinked);
-        if used > record.disk_limit_bytes {
-            tracing::info!(sandbox = %record.id, used, "beyond its disk limit; its commands are killed");
-            kill_all(live, Limit::Disk, &commands(&members::of(proot)));
-        }
+}
+
+fn look_at_files(live: &Live, root: &Path) {
+    let proot = live.identity.pid;
+    let unlinked = members::unlinked_bytes(&members::of(proot));
+    let used = disk_bytes(root).unwrap_or(0).saturating_add(unlinked);
+    let has_commands = || members::of(proot).iter().any(|member| Some(member.pid) != agent_of(live));
+    if used > live.record.disk_limit_bytes && has_commands() {
+        kill_commands(live, Limit::Disk);
+    }
+}
+
+fn agent_of(live: &Live) -> Option<i32> {
+    live.agent.as_ref().map(|agent| agent.pid)
+}
+
+/// Everything but the agent.
+fn kill_commands(live: &Live, limit: Limit) {
+    tracing::info!(sandbox = %live.record.id, ?limit, "beyond this limit; its commands are killed");
+    live.count_kill(limit);
+    if let Err(error) = Stopped::new(live).kill_but(agent_of(live)) {
+        tracing::warn!(sandbox = %live.record.id, %error, "its commands cannot be killed");
+    }
+}
+
+pub(super) fn end(live: &Live, reason: &str) {
+    tracing::warn!(sandbox = %live.record.id, reason, "a sandbox is ended");
+    if let Err(error) = members::kill_with_proot(live) {
+        tracing::warn!(sandbox = %live.record.id, %error, "it cannot be killed");
     }
 }
 
@@ -116,13 +139,6 @@ fn largest(mut members: Vec<Member>, excess: u64) -> Vec<Member> {
         before < excess
     };
     members.into_iter().take_while(needed).collect()
-}
-
-fn kill_all(live: &Live, limit: Limit, commands: &[Member]) {
-    if !commands.is_empty() {
-        live.count_kill(limit);
-        members::kill(live.identity.pid, commands.iter().map(|member| member.pid));
-    }
 }
 
 /// What a tree takes on disk. The guest changes it meanwhile, and may nest it

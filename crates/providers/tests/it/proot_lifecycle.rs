@@ -10,7 +10,7 @@ use stacyvm_sandbox::{Provider as _, ProviderError, RuntimeState, SandboxSpec, S
 
 use crate::fixture::{eventually, eventually_empty};
 use crate::ordinary_user::{Circumstances, as_ordinary_user};
-use crate::proot_fixture::{Apart, Proot, argv};
+use crate::proot_fixture::{Apart, Proot, argv, traced_by};
 
 /// What runs on whatever its parents, session and environment become.
 const ESCAPEES: &str = "setsid sleep 3001 >/dev/null 2>&1 & (setsid sh -c 'sleep 3002 & sleep 3002 &' &) ; \
@@ -34,14 +34,6 @@ async fn nothing_survives(apart: Apart) {
     assert!(!fixture.root(&id).exists());
     assert!(matches!(fixture.provider.connect(&id).await, Err(ProviderError::NotFound(_))));
     fixture.finish().await;
-}
-
-fn traced_by(proot: i32) -> Vec<i32> {
-    let line = format!("TracerPid:\t{proot}\n");
-    let entries = std::fs::read_dir("/proc").expect("readable").flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|text| text.contains(&line)))
-        .collect()
 }
 
 fn is_alive(pid: i32) -> bool {
@@ -78,6 +70,43 @@ fn guests_without_their_proot_are_ended() {
         let listed = fixture.provider.list().await.expect("a list");
         assert_eq!(listed.iter().map(|found| found.state).collect::<Vec<_>>(), [RuntimeState::Dead]);
         fixture.provider.destroy(&id).await.expect("destroyed");
+        fixture.finish().await;
+    });
+}
+
+/// Guests are the agent's own user here. Nobody can work with a sandbox without
+/// one, whoever finds it so.
+#[test]
+fn a_sandbox_whose_agent_was_killed_ends() {
+    const NAME: &str = "proot_lifecycle::a_sandbox_whose_agent_was_killed_ends";
+    as_ordinary_user(NAME, Circumstances::ALONE, async || {
+        let mut fixture = Proot::start(Apart::Shared).await;
+        for by_its_guest in [true, false] {
+            let id = fixture.create(&fixture.spec()).await;
+            assert!(fixture.output(&id, ESCAPEES).await.ends_with("started"));
+            let proot = fixture.pid(&id);
+            let children =
+                || std::fs::read_to_string(format!("/proc/{proot}/task/{proot}/children")).expect("readable");
+            let agent: i32 = children().trim().parse().expect("one child");
+            if by_its_guest {
+                let kill = argv(&["/bin/sh", "-c", &format!("kill -9 {agent}")]);
+                // Its own command does not hear how it ended.
+                drop(fixture.session(&id).await.start(kill).await);
+            } else {
+                fixture.provider.shutdown().await;
+                let agent = rustix::process::Pid::from_raw(agent).expect("a number");
+                rustix::process::kill_process(agent, rustix::process::Signal::KILL).expect("killed");
+                eventually("PRoot has seen it", async || children().trim().is_empty()).await;
+                fixture.restart().await;
+            }
+            eventually("it is dead", async || {
+                let listed = fixture.provider.list().await.expect("a list");
+                listed.iter().map(|found| found.state).collect::<Vec<_>>() == [RuntimeState::Dead]
+            })
+            .await;
+            fixture.provider.wait(&id).await.expect("it has ended");
+            fixture.provider.destroy(&id).await.expect("destroyed");
+        }
         fixture.finish().await;
     });
 }

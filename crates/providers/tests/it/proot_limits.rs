@@ -3,8 +3,9 @@
 use stacyvm_api::Limit;
 use stacyvm_sandbox::{Provider as _, ProviderError, SandboxSpec};
 
+use crate::fixture::eventually;
 use crate::ordinary_user::{Circumstances, as_ordinary_user};
-use crate::proot_fixture::{Apart, Proot, argv, debian_root};
+use crate::proot_fixture::{Apart, Proot, argv, debian_root, traced_by};
 
 #[test]
 fn a_watcher_holds_memory_and_files() {
@@ -31,6 +32,26 @@ fn a_watcher_holds_memory_and_files() {
         // Whoever saw the end finds the reason counted.
         assert_eq!(fixture.provider.usage(&id).await.expect("a reading").disk_kills, 1);
         assert_eq!(fixture.output(&id, "rm -f /workspace/f*; echo cleaned").await, "cleaned");
+        fixture.provider.destroy(&id).await.expect("destroyed");
+        fixture.finish().await;
+    });
+}
+
+/// It forks faster than PRoot sees to what is killed.
+#[test]
+fn a_fork_bomb_is_killed_and_its_sandbox_goes_on() {
+    const NAME: &str = "proot_limits::a_fork_bomb_is_killed_and_its_sandbox_goes_on";
+    as_ordinary_user(NAME, Circumstances::ALONE, async || {
+        let fixture = Proot::start(Apart::Shared).await;
+        let spec = SandboxSpec { memory_mib: 64, pids_limit: 1024, ..fixture.spec() };
+        let id = fixture.create(&spec).await;
+        let proot = fixture.pid(&id);
+        let ran = fixture.sh(&id, "f(){ f|f& }; f; sleep 600").await;
+        assert!(ran.exit.signal.is_some() || ran.exit.code != Some(0), "{ran:?}");
+        eventually("only the agent is left", async || traced_by(proot).len() == 1).await;
+        assert_eq!(fixture.output(&id, "echo alive").await, "alive");
+        let usage = fixture.provider.usage(&id).await.expect("a reading");
+        assert!(usage.oom_kills + usage.pids_kills > 0, "{usage:?}");
         fixture.provider.destroy(&id).await.expect("destroyed");
         fixture.finish().await;
     });
