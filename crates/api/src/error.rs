@@ -51,7 +51,8 @@ pub enum ErrorCode {
     SandboxDiskFull,
     /// Nothing listens on that port inside the sandbox.
     PortClosed,
-    /// What listens inside the sandbox does not answer as it should.
+    /// What listens inside the sandbox, or the backend that it is on, does not
+    /// answer as it should.
     BadGateway,
     /// What listens inside the sandbox did not answer in time.
     GatewayTimeout,

@@ -1,10 +1,16 @@
 //! One place that turns failures into answers.
 
 use axum::Json;
-use axum::http::StatusCode;
+use axum::body::to_bytes;
+use axum::extract::Request;
+use axum::http::{StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use stacyvm_api::backend::{Code, Failure, StreamLine};
 use stacyvm_sandbox::{ProviderError, SessionError};
+
+/// What the HTTP library says of a request, at most.
+const REASON_BYTES_MAX: usize = 4 << 10;
 
 #[derive(Debug)]
 pub(crate) struct Refusal {
@@ -42,6 +48,37 @@ impl IntoResponse for Refusal {
     }
 }
 
+/// What the HTTP library refuses by itself (no such route, no such method, a
+/// body or a query that cannot be read) gets the one form of failures, too.
+pub(crate) async fn typed(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let status = response.status();
+    let is_typed = response.headers().get(header::CONTENT_TYPE).is_some_and(|value| value == "application/json");
+    if is_typed || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let (mut head, body) = response.into_parts();
+    let said = to_bytes(body, REASON_BYTES_MAX).await.unwrap_or_default();
+    let mut refused = untyped(status, String::from_utf8_lossy(&said).trim()).into_response();
+    for name in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
+        head.headers.remove(name);
+    }
+    refused.headers_mut().extend(head.headers);
+    refused
+}
+
+fn untyped(status: StatusCode, said: &str) -> Refusal {
+    let reason = |otherwise: &str| if said.is_empty() { otherwise.to_owned() } else { said.to_owned() };
+    let (code, message) = match status {
+        // Not the code of a sandbox that is gone.
+        StatusCode::NOT_FOUND => (Code::Unsupported, reason("there is no such route")),
+        StatusCode::METHOD_NOT_ALLOWED => (Code::Unsupported, reason("this route does not have that method")),
+        status if status.is_client_error() => (Code::BadRequest, reason("the request cannot be read")),
+        _ => (Code::InternalError, "the backend failed to handle the request".to_owned()),
+    };
+    Refusal::new(status.as_u16(), code, message)
+}
+
 impl From<SessionError> for Refusal {
     fn from(error: SessionError) -> Self {
         let (status, code) = match &error {
@@ -61,7 +98,7 @@ impl From<SessionError> for Refusal {
             SessionError::Unsupported(_) => (501, Code::Unsupported),
             SessionError::PortClosed(_) => (409, Code::PortClosed),
             SessionError::Unavailable(_) => (503, Code::Unavailable),
-            SessionError::Failed { .. } => (500, Code::InternalError),
+            SessionError::BadAnswer { .. } | SessionError::Failed { .. } => (500, Code::InternalError),
         };
         if status >= 500 {
             tracing::warn!(error = &error as &dyn std::error::Error, "a call failed");
@@ -81,7 +118,7 @@ impl From<ProviderError> for Refusal {
             ProviderError::RegistryUnavailable { .. } => (503, Code::RegistryUnavailable),
             ProviderError::Exhausted { .. } => (429, Code::ResourceLimit),
             ProviderError::Unavailable { .. } => (503, Code::Unavailable),
-            ProviderError::Failed { .. } => (500, Code::InternalError),
+            ProviderError::BadAnswer { .. } | ProviderError::Failed { .. } => (500, Code::InternalError),
         };
         if status >= 500 {
             tracing::warn!(error = &error as &dyn std::error::Error, "a call failed");
@@ -91,9 +128,9 @@ impl From<ProviderError> for Refusal {
         let (message, hint) = match error {
             ProviderError::Image { message, hint, .. } => (message, hint),
             ProviderError::Exhausted { message } => (message, None),
-            ProviderError::LimitUnsupported { hint, .. } | ProviderError::RegistryUnavailable { hint, .. } => {
-                (text, Some(hint))
-            }
+            ProviderError::LimitUnsupported { hint, .. }
+            | ProviderError::RegistryUnavailable { hint, .. }
+            | ProviderError::BadAnswer { hint, .. } => (text, Some(hint)),
             ProviderError::Unavailable { hint, .. } => (text, hint),
             ProviderError::NotFound(_)
             | ProviderError::Unsupported { .. }

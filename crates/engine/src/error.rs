@@ -140,7 +140,9 @@ impl EngineError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Provider(
-                ProviderError::LimitUnsupported { hint, .. } | ProviderError::RegistryUnavailable { hint, .. },
+                ProviderError::LimitUnsupported { hint, .. }
+                | ProviderError::RegistryUnavailable { hint, .. }
+                | ProviderError::BadAnswer { hint, .. },
             ) => Some(hint.clone()),
             Self::Provider(ProviderError::Image { hint, .. } | ProviderError::Unavailable { hint, .. }) => hint.clone(),
             Self::SandboxNotReady { reason, .. } => reason.clone(),
@@ -206,6 +208,7 @@ impl EngineError {
                 | ProviderError::Image { .. }
                 | ProviderError::RegistryUnavailable { .. }
                 | ProviderError::Exhausted { .. }
+                | ProviderError::BadAnswer { .. }
                 | ProviderError::Failed { .. },
             )
             | Self::SetupFailed { .. }
@@ -250,6 +253,7 @@ fn provider_code(error: &ProviderError) -> ErrorCode {
         ProviderError::RegistryUnavailable { .. } => ErrorCode::RegistryUnavailable,
         ProviderError::Exhausted { .. } => ErrorCode::ResourceLimit,
         ProviderError::Unavailable { .. } => ErrorCode::Unavailable,
+        ProviderError::BadAnswer { .. } => ErrorCode::BadGateway,
         ProviderError::Failed { .. } => ErrorCode::InternalError,
     }
 }
@@ -271,6 +275,7 @@ fn session_code(error: &SessionError) -> ErrorCode {
         SessionError::Limited(_) => ErrorCode::ResourceLimit,
         SessionError::Unsupported(_) => ErrorCode::Unsupported,
         SessionError::Unavailable(_) => ErrorCode::Unavailable,
+        SessionError::BadAnswer { .. } => ErrorCode::BadGateway,
         SessionError::Failed { .. } => ErrorCode::InternalError,
     }
 }
@@ -285,7 +290,7 @@ fn session_hint(error: &SessionError) -> Option<&'static str> {
             "`stacyvm providers` says whether its runtime is there, and `stacyvm ps ID` whether a command that had \
              begun goes on",
         ),
-        SessionError::Failed { .. } => {
+        SessionError::BadAnswer { .. } | SessionError::Failed { .. } => {
             Some("`stacyvm providers` says whether its runtime works; the server's log has the cause")
         }
         SessionError::Gone

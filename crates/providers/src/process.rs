@@ -381,6 +381,9 @@ fn retold(error: &SessionError) -> SessionError {
         SessionError::Unavailable(cause) => {
             SessionError::Unavailable(cause.as_ref().map(|cause| cause.to_string().into()))
         }
+        SessionError::BadAnswer { operation, cause } => {
+            SessionError::BadAnswer { operation, cause: cause.to_string().into() }
+        }
         SessionError::Failed { operation, cause } => {
             SessionError::Failed { operation, cause: cause.to_string().into() }
         }

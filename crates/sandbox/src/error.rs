@@ -44,6 +44,15 @@ pub enum ProviderError {
         #[source]
         cause: Option<Cause>,
     },
+    /// The runtime answers, but not in its protocol: trying again does not help.
+    #[error("the answer of the `{provider}` runtime makes no sense; it was to {operation}")]
+    BadAnswer {
+        provider: String,
+        operation: &'static str,
+        hint: String,
+        #[source]
+        cause: Cause,
+    },
     #[error("the runtime failed to {operation}")]
     Failed {
         operation: &'static str,
@@ -90,6 +99,13 @@ pub enum SessionError {
     /// The agent does not answer, or not in our protocol.
     #[error("the sandbox does not answer")]
     Unavailable(#[source] Option<Cause>),
+    /// What is between us and the sandbox answers, but not in its protocol.
+    #[error("the answer of the sandbox's runtime makes no sense; it was to {operation}")]
+    BadAnswer {
+        operation: &'static str,
+        #[source]
+        cause: Cause,
+    },
     #[error("the sandbox failed to {operation}")]
     Failed {
         operation: &'static str,

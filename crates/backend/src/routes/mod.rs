@@ -8,11 +8,11 @@ mod terminal;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{MethodRouter, delete, get, post};
 
-use crate::guard;
 use crate::state::App;
+use crate::{error, guard};
 
 /// A request that is kept in memory, at most.
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -54,6 +54,7 @@ pub(crate) fn router(app: App) -> Router {
         router = router.route(path, handler(method, path));
     }
     router
+        .layer(from_fn(error::typed))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(from_fn_with_state(app.clone(), guard::check))
         .with_state(app)

@@ -106,7 +106,7 @@ async fn complaint_of(
 
 /// Failures of a backend at three calls, and what each has to become.
 const MAPPED: [(Fault, [ErrorCode; 3]); 10] = {
-    use ErrorCode::{InternalError, NotFound, ResourceLimit, Timeout, Unavailable};
+    use ErrorCode::{BadGateway, NotFound, ResourceLimit, Timeout, Unavailable};
     [
         (Fault::Status(401), [Unavailable, Unavailable, Unavailable]),
         (Fault::Status(403), [Unavailable, Unavailable, Unavailable]),
@@ -119,7 +119,7 @@ const MAPPED: [(Fault, [ErrorCode; 3]); 10] = {
         (Fault::Status(503), [Unavailable, Unavailable, Unavailable]),
         // A command has a deadline of its own.
         (Fault::Hang, [Unavailable, Timeout, Unavailable]),
-        (Fault::Garbage, [InternalError, InternalError, InternalError]),
+        (Fault::Garbage, [BadGateway, BadGateway, BadGateway]),
     ]
 };
 

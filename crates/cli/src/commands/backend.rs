@@ -1,6 +1,6 @@
 //! `stacyvm backend`: a runtime of this machine for a StacyVM elsewhere.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use stacyvm_sandbox::Provider;
 
 use crate::commands::Context;
 use crate::commands::serve::{
-    Chosen, Signals, default_kind, is_custom, logging, open_one, open_providers, raise_open_files,
+    Chosen, Signals, default_kind, is_custom, is_known, logging, open_one, open_providers, raise_open_files,
 };
 use crate::config::{self, Config, Environment, MAX_KEY_FILE_BYTES, read_small_file};
 use crate::data_dir::{self, DataDirLock};
@@ -49,8 +49,8 @@ enum BackendCommand {
   stacyvm backend serve --listen 0.0.0.0:7425 --key-file /etc/stacyvm/backend.key
   stacyvm backend serve --provider mock")]
 struct ServeArgs {
-    /// Address and port to listen on; port 0 takes a free one
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7425")]
+    /// Address or name, and port, to listen on; port 0 takes a free one
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7425", value_parser = listen_address)]
     listen: SocketAddr,
     /// Provider to serve; the server's default unless given
     #[arg(long)]
@@ -135,6 +135,10 @@ async fn open(
 /// What a backend serves is of this machine: with the settings of a server that
 /// uses a backend it would serve that one, and most likely itself.
 fn local(wanted: Option<&str>, config: &Config) -> anyhow::Result<()> {
+    const FIX: &str = "name a runtime of this machine: --provider oci, docker, proot or mock";
+    if let Some(name) = wanted.filter(|name| !is_known(config, name)) {
+        return Err(Advice::new(format!("there is no provider `{name}`"), FIX).into());
+    }
     let (is_custom, whence) = match wanted {
         Some(name) => (is_custom(config, name), "--provider"),
         None => {
@@ -145,8 +149,26 @@ fn local(wanted: Option<&str>, config: &Config) -> anyhow::Result<()> {
         return Ok(());
     }
     let message = format!("{whence} is custom, which is another machine's runtime: a backend would serve itself");
-    let fix = "name a runtime of this machine: --provider oci, docker, proot or mock";
-    Err(Advice::new(message, fix).into())
+    Err(Advice::new(message, FIX).into())
+}
+
+/// A name stands for the first address that it has.
+fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    if text.parse::<IpAddr>().is_ok_and(|address| address.is_ipv6()) {
+        return Err(format!("the port is missing: write [{text}]:7425"));
+    }
+    let Some((host, port)) = text.rsplit_once(':') else {
+        return Err(format!("the port is missing: write {text}:7425"));
+    };
+    let port: u16 = port.parse().map_err(|_| format!("`{port}` is not a port: write 0 to 65535"))?;
+    if host.is_empty() {
+        return Err(format!("the address is missing: write 127.0.0.1:{port}, or 0.0.0.0:{port} for every address"));
+    }
+    let mut addresses = (host, port).to_socket_addrs().map_err(|_| format!("the name {host} has no address here"))?;
+    addresses.next().ok_or_else(|| format!("the name {host} has no address here"))
 }
 
 fn key(file: Option<&Path>, environment: &Environment) -> anyhow::Result<Option<String>> {
@@ -158,4 +180,28 @@ fn key(file: Option<&Path>, environment: &Environment) -> anyhow::Result<Option<
         return Err(Advice::new(format!("{} is empty", path.display()), "write the key into it").into());
     }
     Ok(Some(key.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_address_lacks_is_named() {
+        for (text, expected) in [("127.0.0.1:80", "127.0.0.1:80"), ("[::1]:0", "[::1]:0")] {
+            assert_eq!(listen_address(text).unwrap().to_string(), expected);
+        }
+        assert!(listen_address("localhost:80").unwrap().ip().is_loopback());
+        for (text, said) in [
+            ("localhost", "write localhost:7425"),
+            ("10.0.0.1", "write 10.0.0.1:7425"),
+            ("::1", "write [::1]:7425"),
+            (":80", "write 127.0.0.1:80"),
+            ("localhost:x", "`x` is not a port"),
+            ("localhost:70000", "`70000` is not a port"),
+        ] {
+            let refused = listen_address(text).unwrap_err();
+            assert!(refused.contains(said), "{text}: {refused}");
+        }
+    }
 }

@@ -16,7 +16,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::FileType;
-use stacyvm_api::{ErrorCode, ExecId, ExecRequest};
+use stacyvm_api::{ErrorCode, ExecId, ExecRequest, ProcessStatus};
 use stacyvm_client::{
     Channel, ClientError, ExecEvent, Exit, SandboxClient, Terminal, TerminalInput, TerminalOutput, TerminalSize,
 };
@@ -155,7 +155,7 @@ impl Running<'_> {
                         Err(error) => return Err(error),
                     },
                     // Its last word, such as that the sandbox has ended.
-                    Ok(None) if self.refusal.is_some() && !self.may_come_back() => return Err(self.refused()),
+                    Ok(None) if self.refusal.is_some() && !self.may_come_back().await => return Err(self.refused()),
                     Ok(None) => self.attach_again(None).await?,
                     // A refusal of input, after which the command goes on; or why
                     // the connection ends now.
@@ -263,9 +263,17 @@ impl Running<'_> {
         }
     }
 
-    /// Whether it is the runtime that was away, rather than the command.
-    fn may_come_back(&self) -> bool {
-        self.exec_id.is_some() && self.refusal.as_ref().and_then(ClientError::code) == Some(ErrorCode::Unavailable)
+    /// Whether it is the runtime that was away, rather than the command: one that
+    /// the server has lost stays so.
+    async fn may_come_back(&self) -> bool {
+        let Some(exec_id) = &self.exec_id else { return false };
+        if self.refusal.as_ref().and_then(ClientError::code) != Some(ErrorCode::Unavailable) {
+            return false;
+        }
+        match self.sandbox.exec_log().await {
+            Ok(log) => !log.iter().any(|row| row.exec_id == *exec_id && row.status == ProcessStatus::Lost),
+            Err(_) => true,
+        }
     }
 
     fn refused(&mut self) -> anyhow::Error {

@@ -1,7 +1,8 @@
 //! The command line over a backend that knows the published protocol alone: no
 //! input, no terminals, no signals.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
@@ -39,6 +40,81 @@ impl Example {
         })
         .await
     }
+}
+
+/// A backend of the published protocol, but for what it answers to a command,
+/// and what does not know of backends at all.
+pub(crate) fn answering(to_spawn: &'static str, to_exec: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            // Whoever hangs up is none of this server's business.
+            drop(answer(&stream, to_spawn, to_exec));
+        }
+    });
+    url
+}
+
+fn answer(mut stream: &TcpStream, to_spawn: &str, to_exec: &str) -> std::io::Result<()> {
+    let mut request = BufReader::new(stream);
+    let (mut first, mut length) = (String::new(), 0);
+    request.read_line(&mut first)?;
+    loop {
+        let mut line = String::new();
+        request.read_line(&mut line)?;
+        match line.to_lowercase().trim_end().split_once(": ") {
+            Some(("content-length", value)) => length = value.parse().unwrap_or(0),
+            Some(_) => {}
+            None => break,
+        }
+    }
+    request.read_exact(&mut vec![0; length])?;
+    let ok = |body: &str| format!("200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    let reply = match first.split(' ').take(2).collect::<Vec<_>>()[..] {
+        ["POST", "/spawn"] => to_spawn.to_owned(),
+        ["POST", "/exec"] => to_exec.to_owned(),
+        ["GET", path] if path == "/health" || path.starts_with("/status/") => ok("{}"),
+        ["DELETE", _] => ok(""),
+        _ => "404 Not Found\r\ncontent-length: 0\r\n\r\n".to_owned(),
+    };
+    stream.write_all(format!("HTTP/1.1 {}", reply.replacen("\r\n", "\r\nconnection: close\r\n", 1)).as_bytes())
+}
+
+const SPAWNED: &str = "201 Created\r\ncontent-length: 14\r\n\r\n{\"id\":\"box-1\"}";
+
+async fn server_on(url: &str) -> Server {
+    Server::start_with(&Site::new(), |serve| {
+        serve.arg("--destroy-on-exit").env("STACYVM_PROVIDERS_DEFAULT", "custom");
+        serve.env("STACYVM_PROVIDERS_OCI_ENABLED", "false").env("STACYVM_PROVIDERS_CUSTOM_BASE_URL", url);
+        serve.env_remove("STACYVM_DEFAULTS_NETWORK");
+    })
+    .await
+}
+
+/// Trying again would not help: no command of this backend outlives its call.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_without_sense_is_not_asked_for_again() {
+    for (answer, code) in [
+        ("200 OK\r\ncontent-length: 2\r\n\r\n[]", "BAD_GATEWAY"),
+        ("200 OK\r\ncontent-length: 9\r\n\r\n<html>...", "BAD_GATEWAY"),
+        ("500 Internal Server Error\r\ncontent-length: 4\r\n\r\noops", "UNAVAILABLE"),
+        ("200 OK\r\ncontent-length: 99\r\n\r\n{", "UNAVAILABLE"),
+    ] {
+        let server = server_on(&answering(SPAWNED, answer)).await;
+        let id = create(&server.client(), &any()).await.id().to_string();
+        let ran = server.run(&["exec", &id, "-n", "--json", "--", "true"]).await.says(code);
+        assert_eq!(ran.status(), Some(125), "{ran}");
+        assert!(!ran.stderr().contains("reconnecting"), "{answer}: {ran}");
+    }
+}
+
+/// Such as a server of files, which has no POST.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_backend_is_not_taken_for_one_that_lacks_something() {
+    let server = server_on(&answering("501 Unsupported method\r\ncontent-length: 0\r\n\r\n", "")).await;
+    let ran = server.run(&["run", "--image", "any", "--", "true"]).await.failed(125);
+    ran.says("what answers at its address is not a backend").says("stacyvm backend serve");
 }
 
 /// The backend ignores the name.

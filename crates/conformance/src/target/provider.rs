@@ -159,6 +159,8 @@ fn translated(error: ProviderError, operation: &'static str) -> TargetError {
         ProviderError::InvalidSpec { .. } | ProviderError::LimitUnsupported { .. } => TargetError::Refused(text),
         ProviderError::Image { .. } | ProviderError::RegistryUnavailable { .. } => TargetError::Image(text),
         ProviderError::Exhausted { .. } | ProviderError::Unavailable { .. } => TargetError::Unavailable(text),
-        ProviderError::Failed { cause, .. } => TargetError::Failed { operation, cause },
+        ProviderError::BadAnswer { cause, .. } | ProviderError::Failed { cause, .. } => {
+            TargetError::Failed { operation, cause }
+        }
     }
 }

@@ -172,9 +172,10 @@ impl Follower {
     /// A broken stream says nothing about the command: the agent still has it.
     async fn reattach(&mut self, error: SessionError) -> Result<(), EngineError> {
         let is_away = match &error {
-            SessionError::Gone | SessionError::ProcessNotFound(_) | SessionError::Unsupported(_) => {
-                return Err(self.lose(error));
-            }
+            SessionError::Gone
+            | SessionError::ProcessNotFound(_)
+            | SessionError::Unsupported(_)
+            | SessionError::BadAnswer { .. } => return Err(self.lose(error)),
             SessionError::Unavailable(_) => true,
             _ => false,
         };

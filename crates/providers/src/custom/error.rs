@@ -120,6 +120,11 @@ impl CallError {
         }
     }
 
+    /// An answer that is none, for whoever made a call of the provider.
+    pub(super) fn of_nonsense(self, name: &str, operation: &'static str) -> ProviderError {
+        ProviderError::BadAnswer { provider: name.to_owned(), operation, hint: self.hint(name), cause: self.into() }
+    }
+
     /// For a call of the provider.
     pub(super) fn of_provider(
         self,
@@ -162,7 +167,7 @@ impl CallError {
             }
         }
         match self {
-            Self::Garbage(_) => ProviderError::Failed { operation, cause: self.into() },
+            Self::Garbage(_) => self.of_nonsense(name, operation),
             other => ProviderError::Unavailable {
                 provider: name.to_owned(),
                 message: other.summary(),
@@ -176,7 +181,7 @@ impl CallError {
     pub(super) fn of_session(self, about: About<'_>, operation: &'static str) -> SessionError {
         let Self::Refused { status, code, .. } = &self else {
             return match self {
-                Self::Garbage(_) => SessionError::Failed { operation, cause: self.into() },
+                Self::Garbage(_) => SessionError::BadAnswer { operation, cause: self.into() },
                 other => SessionError::Unavailable(Some(other.into())),
             };
         };
@@ -209,7 +214,11 @@ impl CallError {
             (_, 404 | 410) => SessionError::Gone,
             (Some(Code::BadRequest), _) | (_, 400 | 413 | 422) => {
                 let why = self.words().map_or_else(|| format!(" (HTTP {status})"), |words| format!(": {words}"));
-                SessionError::InvalidArgument(format!("the backend refuses to {operation} {}{why}", subject()))
+                let what = match about {
+                    About::Sandbox => String::new(),
+                    About::Path(_) | About::Command(_) | About::User(_) | About::Port(_) => format!(" {}", subject()),
+                };
+                SessionError::InvalidArgument(format!("the backend refuses to {operation}{what}{why}"))
             }
             (_, 401 | 403 | 500..) => SessionError::Unavailable(Some(self.into())),
             _ => SessionError::Failed { operation, cause: self.into() },

@@ -219,7 +219,18 @@ async fn whole(response: Response, most: usize) -> Result<Bytes, CallError> {
 
 fn broken(error: reqwest::Error) -> CallError {
     let error = error.without_url();
-    if error.is_connect() { CallError::Unreachable(error) } else { CallError::Broken(Some(io::Error::other(error))) }
+    if error.is_connect() {
+        CallError::Unreachable(error)
+    } else if is_not_http(&error) {
+        CallError::Garbage("it is not HTTP")
+    } else {
+        CallError::Broken(Some(io::Error::other(error)))
+    }
+}
+
+fn is_not_http(error: &reqwest::Error) -> bool {
+    let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+    causes.filter_map(|cause| cause.downcast_ref::<hyper::Error>()).any(hyper::Error::is_parse)
 }
 
 fn parse(base: &str) -> Result<Url, AddressError> {

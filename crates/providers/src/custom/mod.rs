@@ -181,7 +181,7 @@ impl CustomProvider {
     async fn strange(&self, error: CallError, id: &SandboxId, route: &str, operation: &'static str) -> ProviderError {
         let message = match &error {
             _ if stranger::is_server(&self.http).await => stranger::SERVER.to_owned(),
-            CallError::Refused { status: status @ (404 | 405 | 410), .. } => {
+            CallError::Refused { status: status @ (404 | 405 | 410 | 501), .. } => {
                 format!("what answers at its address is not a backend: there is no {route} (HTTP {status})")
             }
             _ => return error.of_provider(self.name(), id, None, operation),
@@ -396,7 +396,7 @@ impl Provider for CustomProvider {
         let spawned = match self.order(id, &request).await {
             Ok(spawned) => spawned,
             Err(error @ CallError::Garbage(_)) if !offered.has(Feature::Spec) => {
-                return Err(ProviderError::Failed { operation: UNNAMED, cause: error.into() });
+                return Err(error.of_nonsense(self.name(), UNNAMED));
             }
             Err(error) if stranger::is_likely(&error) => {
                 return Err(self.strange(error, id, "POST /spawn", OPERATION).await);
@@ -406,8 +406,7 @@ impl Provider for CustomProvider {
         if !is_plausible(&spawned.id) || (offered.has(Feature::Spec) && spawned.id != id.as_str()) {
             let freed = offered.has(Feature::Spec) && self.delete(id.as_str()).await.is_ok();
             let operation = if freed { OPERATION } else { UNNAMED };
-            let cause = CallError::Garbage("the id of the sandbox cannot be one").into();
-            return Err(ProviderError::Failed { operation, cause });
+            return Err(CallError::Garbage("the id of the sandbox cannot be one").of_nonsense(self.name(), operation));
         }
         if !offered.keeps_ids() {
             let env = if offered.has(Feature::Spec) { BTreeMap::new() } else { spec.env.clone() };
@@ -422,8 +421,8 @@ impl Provider for CustomProvider {
                 Ok(true) => {}
                 // Not deleted: the other sandbox would be.
                 Ok(false) => {
-                    let cause = CallError::Garbage("the id of the sandbox is another sandbox's").into();
-                    return Err(ProviderError::Failed { operation: UNNAMED, cause });
+                    let error = CallError::Garbage("the id of the sandbox is another sandbox's");
+                    return Err(error.of_nonsense(self.name(), UNNAMED));
                 }
                 Err(error) => {
                     // What cannot be found again must not stay.

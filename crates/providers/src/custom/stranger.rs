@@ -25,7 +25,7 @@ pub(super) fn advice(setting: &str) -> String {
 /// else.
 pub(super) fn is_likely(error: &CallError) -> bool {
     match error {
-        CallError::Refused { status: 401 | 403 | 404 | 405 | 410, code, .. } => {
+        CallError::Refused { status: 401 | 403 | 404 | 405 | 410 | 501, code, .. } => {
             matches!(code, None | Some(Code::NotFound | Code::Unauthorized | Code::Unknown))
         }
         CallError::Garbage(_) => true,

@@ -42,6 +42,8 @@ enum Fault {
     ResetMidStream,
     /// 200, and something else than was asked for.
     Garbage,
+    /// What no HTTP server says.
+    NotHttp,
     Redirect,
     /// One line of a gibibyte.
     EndlessLine,
@@ -121,6 +123,7 @@ impl Faulty {
                 stream.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await
             }
             Fault::Garbage => reply(&mut stream, 200, &format!("<html>{LEAK}</html>")).await,
+            Fault::NotHttp => stream.write_all(format!("220 {LEAK} ready\r\n\r\n").as_bytes()).await,
             Fault::Redirect => {
                 let head = format!("HTTP/1.1 302 Found\r\nlocation: http://{LEAK}/\r\ncontent-length: 0\r\n\r\n");
                 stream.write_all(head.as_bytes()).await
@@ -209,6 +212,7 @@ fn kind(error: &ProviderError) -> &'static str {
         ProviderError::RegistryUnavailable { .. } => "registry",
         ProviderError::Exhausted { .. } => "exhausted",
         ProviderError::Unavailable { .. } => "unavailable",
+        ProviderError::BadAnswer { .. } => "nonsense",
         ProviderError::Failed { .. } => "failed",
     }
 }
@@ -226,6 +230,7 @@ fn inner_kind(error: &SessionError) -> &'static str {
         SessionError::PidsExhausted => "pids",
         SessionError::DiskFull => "disk",
         SessionError::Unavailable(_) => "unavailable",
+        SessionError::BadAnswer { .. } => "nonsense",
         SessionError::Failed { .. } => "failed",
         other => panic!("{other:?}"),
     }
@@ -242,7 +247,7 @@ async fn every_answer_to_a_spawn_is_the_failure_that_it_is() {
         (Fault::Status(410), "unavailable"),
         (Fault::Status(429), "exhausted"),
         (Fault::Status(500), "unavailable"),
-        (Fault::Status(501), "unsupported"),
+        (Fault::Status(501), "unavailable"),
         (Fault::Status(503), "unavailable"),
         (Fault::Coded(400, "IMAGE_NOT_FOUND"), "image"),
         (Fault::Coded(503, "REGISTRY_UNAVAILABLE"), "registry"),
@@ -251,9 +256,10 @@ async fn every_answer_to_a_spawn_is_the_failure_that_it_is() {
         (Fault::Hang, "unavailable"),
         (Fault::Reset, "unavailable"),
         (Fault::ResetMidStream, "unavailable"),
-        (Fault::Garbage, "failed"),
-        (Fault::Redirect, "failed"),
-        (Fault::EndlessLine, "failed"),
+        (Fault::Garbage, "nonsense"),
+        (Fault::NotHttp, "nonsense"),
+        (Fault::Redirect, "nonsense"),
+        (Fault::EndlessLine, "nonsense"),
     ] {
         let what = format!("{fault:?}");
         let (provider, _state) = provider(Faulty::at("POST /spawn", fault)).await;
@@ -274,7 +280,7 @@ async fn a_sandbox_without_a_usable_id_is_deleted_by_ours_or_told_of() {
     for answer in BAD_IDS {
         let (theirs, _state) = provider(Faulty::at("POST /spawn", Fault::Body(201, answer))).await;
         let error = within(answer, theirs.create(&SandboxId::random(), &spec(), &())).await.expect_err("it fails");
-        assert_eq!(kind(&error), "failed", "{answer}");
+        assert_eq!(kind(&error), "nonsense", "{answer}");
         assert!(error.to_string().contains("may be left at the backend"), "{answer}: {error}");
     }
     for answer in BAD_IDS.into_iter().chain([r#"{"id":"box-of-somebody"}"#]) {
@@ -283,7 +289,7 @@ async fn a_sandbox_without_a_usable_id_is_deleted_by_ours_or_told_of() {
         let (ours, _state) = provider(faulty).await;
         let id = SandboxId::random();
         let error = within(answer, ours.create(&id, &spec(), &())).await.expect_err("it fails");
-        assert_eq!(kind(&error), "failed", "{answer}");
+        assert_eq!(kind(&error), "nonsense", "{answer}");
         let deleted = || {
             let seen = seen.lock().expect("nobody panicked");
             seen.iter().filter(|route| route.starts_with("DELETE")).cloned().collect::<Vec<_>>()
@@ -302,7 +308,7 @@ async fn an_id_that_is_another_sandboxes_is_refused_and_not_deleted() {
     provider.create(&first, &spec(), &()).await.expect("a sandbox");
     // The backend calls every sandbox the same.
     let error = provider.create(&second, &spec(), &()).await.expect_err("it is refused");
-    assert_eq!(kind(&error), "failed", "{error:?}");
+    assert_eq!(kind(&error), "nonsense", "{error:?}");
     provider.destroy(&second).await.expect("there is none");
     assert!(!seen.lock().expect("nobody panicked").iter().any(|route| route.starts_with("DELETE")));
     let listed = provider.list().await.expect("it lists");
@@ -344,7 +350,7 @@ async fn ends_that_no_command_has_end_the_command() {
                 let exit = Exit { code: Some(code), signal: None, timed_out: false };
                 assert_eq!(last.expect("an exit"), ProcessEvent::Exited(exit), "{answer}");
             }
-            None => assert_eq!(inner_kind(&last.expect_err("a failure")), "failed", "{answer}"),
+            None => assert_eq!(inner_kind(&last.expect_err("a failure")), "nonsense", "{answer}"),
         }
     }
 }
@@ -355,10 +361,10 @@ async fn a_size_that_no_file_has_is_a_failure() {
     const FILES: &str = r#"[{"path":"/f","size":9223372036854775808,"mode":"0644"}]"#;
     let (one, _state) = provider(Faulty::at("GET /files/stat", Fault::Body(200, FILE))).await;
     let inside = session(&one).await;
-    assert_eq!(inner_kind(&inside.stat("/f").await.expect_err("it fails")), "failed");
-    assert_eq!(inner_kind(&inside.read("/f", None).await.err().expect("it fails")), "failed");
+    assert_eq!(inner_kind(&inside.stat("/f").await.expect_err("it fails")), "nonsense");
+    assert_eq!(inner_kind(&inside.read("/f", None).await.err().expect("it fails")), "nonsense");
     let (other, _state) = provider(Faulty::at("GET /files/list", Fault::Body(200, FILES))).await;
-    assert_eq!(inner_kind(&session(&other).await.list("/", 1).await.expect_err("it fails")), "failed");
+    assert_eq!(inner_kind(&session(&other).await.list("/", 1).await.expect_err("it fails")), "nonsense");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -372,7 +378,7 @@ async fn other_calls_of_the_provider_fail_the_same_way() {
         (Fault::Status(503), "unavailable", "unavailable"),
         (Fault::Hang, "unavailable", "unavailable"),
         (Fault::Reset, "unavailable", "unavailable"),
-        (Fault::Garbage, "fine", "failed"),
+        (Fault::Garbage, "fine", "nonsense"),
     ] {
         let what = format!("{fault:?}");
         let faulty = Faulty { features: r#""stats""#, ..Faulty::at("DELETE /sandboxes", fault.clone()) };
@@ -412,9 +418,10 @@ async fn every_answer_to_an_exec_is_the_failure_that_it_is() {
             (Fault::Hang, if features.is_empty() { "killed at its deadline" } else { "unavailable" }),
             (Fault::Reset, "unavailable"),
             (Fault::ResetMidStream, "unavailable"),
-            (Fault::Garbage, if features.is_empty() { "failed" } else { "unavailable" }),
-            (Fault::Redirect, "failed"),
-            (Fault::EndlessLine, "failed"),
+            (Fault::Garbage, if features.is_empty() { "nonsense" } else { "unavailable" }),
+            (Fault::NotHttp, "nonsense"),
+            (Fault::Redirect, "nonsense"),
+            (Fault::EndlessLine, "nonsense"),
         ] {
             let what = format!("{fault:?} with [{features}]");
             let (provider, _state) = provider(Faulty { features, ..Faulty::at("POST /exec", fault) }).await;
@@ -462,7 +469,7 @@ async fn every_answer_about_a_file_is_the_failure_that_it_is() {
         (Fault::Coded(404, "FILE_NOT_FOUND"), "no file"),
         (Fault::Hang, "unavailable"),
         (Fault::Reset, "unavailable"),
-        (Fault::Redirect, "failed"),
+        (Fault::Redirect, "nonsense"),
     ] {
         for route in ["GET /files", "POST /files", "DELETE /files", "POST /files/move", "POST /files/chmod"] {
             // `GET /files` is where all reads begin; a stat comes before them.
@@ -487,8 +494,16 @@ async fn every_answer_about_a_file_is_the_failure_that_it_is() {
     // An answer to a stat that is no file.
     let (provider, _state) = provider(Faulty::at("GET /files/stat", Fault::Garbage)).await;
     let error = session(&provider).await.stat("/f").await.expect_err("it fails");
-    assert_eq!(inner_kind(&error), "failed");
+    assert_eq!(inner_kind(&error), "nonsense");
     tells_nothing(&error);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_about_the_whole_sandbox_names_nothing_in_it() {
+    let faulty = Faulty { features: r#""logs""#, ..Faulty::at("GET /sandboxes/box-1/logs", Fault::Status(400)) };
+    let (provider, _state) = provider(faulty).await;
+    let error = session(&provider).await.console(1).await.expect_err("it fails");
+    assert_eq!(error.to_string(), "the backend refuses to read the console (HTTP 400)");
 }
 
 fn content() -> ByteStream {
@@ -561,7 +576,7 @@ async fn what_is_no_backend_is_told_apart() {
             other => panic!("{other:?}"),
         }
     };
-    for fault in [Fault::Status(404), Fault::Status(405), no_route()] {
+    for fault in [Fault::Status(404), Fault::Status(405), Fault::Status(501), no_route()] {
         let (web, _state) = provider(Faulty::at("POST /spawn", fault)).await;
         let (said, advice) = create(&web).await;
         assert!(said.contains("is not a backend: there is no POST /spawn"), "{said}");

@@ -36,7 +36,7 @@ pub(crate) use options::{database, image_store};
 pub(crate) use port::owner as port_owner;
 use providers::Examined;
 pub(crate) use providers::{
-    Chosen, KNOWN as KNOWN_PROVIDERS, default_kind, enabled as enabled_providers, examine_one, is_custom,
+    Chosen, KNOWN as KNOWN_PROVIDERS, default_kind, enabled as enabled_providers, examine_one, is_custom, is_known,
     open as open_providers, open_one,
 };
 

@@ -156,6 +156,10 @@ pub(crate) fn default_kind(config: &Config) -> Option<&str> {
     }
 }
 
+pub(crate) fn is_known(config: &Config, name: &str) -> bool {
+    KNOWN.contains(&configured(config, name))
+}
+
 /// The custom provider has a name of its own, too.
 pub(crate) fn is_custom(config: &Config, name: &str) -> bool {
     configured(config, name) == "custom"
