@@ -290,6 +290,9 @@ pub struct Listed {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub created_at: Option<Timestamp>,
     pub metadata: BTreeMap<String, String>,
+    /// As the answer to its spawn had it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitReport>,
 }
 
 /// `GET /sandboxes/{id}/stats`. Zero limits mean unlimited.

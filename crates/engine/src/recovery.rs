@@ -65,7 +65,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Settles everything once, at start.
+    /// Settles everything once, at start; what nobody owns is swept afterwards,
+    /// which takes as long as there is of it.
     /// `here` tells when the runtimes of this machine are done with.
     pub(crate) async fn recover(self: Arc<Self>, here: &Notify) {
         let (elsewhere, local): (Vec<_>, Vec<_>) =
@@ -83,6 +84,7 @@ impl Shared {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         ticks.tick().await;
         loop {
+            self.sweep_all().await;
             ticks.tick().await;
             self.reconcile(self.records_by_provider(), Occasion::Timer).await;
         }
@@ -129,13 +131,11 @@ impl Shared {
                 stream::iter(unknown)
                     .for_each_concurrent(PARALLEL, |sandbox| self.settle_unknown(&provider, sandbox))
                     .await;
-                let mut states: HashMap<&SandboxId, RuntimeState> = HashMap::new();
-                for sandbox in &found {
-                    states.insert(&sandbox.id, sandbox.state);
-                }
+                let found: HashMap<&SandboxId, &RuntimeSandbox> =
+                    found.iter().map(|sandbox| (&sandbox.id, sandbox)).collect();
                 stream::iter(&records)
                     .for_each_concurrent(PARALLEL, |(record, state)| {
-                        self.settle(record, *state, states.get(&record.id).copied(), occasion)
+                        self.settle(record, *state, found.get(&record.id).copied(), occasion)
                     })
                     .await;
             }
@@ -146,7 +146,10 @@ impl Shared {
                     .await;
             }
         }
-        self.sweep(&provider).await;
+    }
+
+    async fn sweep_all(&self) {
+        stream::iter(self.providers.values()).for_each_concurrent(None, |provider| self.sweep(provider)).await;
     }
 
     /// One row, and what the runtime says of it.
@@ -154,10 +157,11 @@ impl Shared {
         self: &Arc<Self>,
         record: &Arc<Record>,
         state: SandboxState,
-        found: Option<RuntimeState>,
+        found: Option<&RuntimeSandbox>,
         occasion: Occasion,
     ) {
-        let gone = matches!(found, None | Some(RuntimeState::Dead));
+        let runtime = found.map(|found| found.state);
+        let gone = matches!(runtime, None | Some(RuntimeState::Dead));
         let ending = matches!(state, SandboxState::Destroying | SandboxState::Error);
         if occasion == Occasion::Start && (gone || ending) {
             self.lose_commands(record).await;
@@ -165,7 +169,7 @@ impl Shared {
         match (state, occasion) {
             (SandboxState::Creating, Occasion::Start) => self.settle_half_made(record, found).await,
             (SandboxState::Running | SandboxState::Unhealthy | SandboxState::Paused, _) => {
-                self.settle_running(record, state, found).await;
+                self.settle_running(record, state, runtime).await;
             }
             (SandboxState::Destroying, Occasion::Start) => {
                 self.note_action(record, "resumed_destroy", "its destroy had not ended");
@@ -183,9 +187,14 @@ impl Shared {
 
     /// The server ended while it made this one. Its caller may have had the
     /// answer, so that a sandbox that works is kept.
-    async fn settle_half_made(self: &Arc<Self>, record: &Arc<Record>, found: Option<RuntimeState>) {
-        let whole = found == Some(RuntimeState::Running) && !record.has_setup && self.ping(record).await.is_ok();
-        if whole {
+    async fn settle_half_made(self: &Arc<Self>, record: &Arc<Record>, found: Option<&RuntimeSandbox>) {
+        let running = found.filter(|found| found.state == RuntimeState::Running && !record.has_setup);
+        if let Some(found) = running
+            && self.ping(record).await.is_ok()
+        {
+            if let Some(limits) = &found.limits {
+                record.set_limits(limits.clone());
+            }
             self.note_action(record, "finished_create", "it was made, but not yet recorded as running");
             self.apply(record, Happening::Created, None);
             self.settle_commands(record).await;
@@ -285,6 +294,9 @@ impl Shared {
         let (provider, reservation) = (Arc::clone(provider), self.admission.reserve_existing(None));
         let lifecycle = Lifecycle::new();
         let record = Record::new(NewRecord { row, provider, lifecycle, reservation });
+        if let Some(limits) = &found.limits {
+            record.set_limits(limits.clone());
+        }
         // The agent has an expiry of its own and must hear of this one.
         record.agent_knows_expiry(stacyvm_api::Timestamp::from_unix_ms(0));
         self.remember(&record);

@@ -175,6 +175,8 @@ pub struct RuntimeSandbox {
     pub image: Option<String>,
     pub created_at: Option<Timestamp>,
     pub metadata: BTreeMap<String, String>,
+    /// As [`Created`] had it; `None` where that was not kept.
+    pub limits: Option<LimitReport>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

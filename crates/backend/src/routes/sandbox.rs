@@ -75,6 +75,7 @@ pub(super) async fn list(State(app): State<App>) -> Answer<Json<Vec<Listed>>> {
         image: sandbox.image,
         created_at: sandbox.created_at,
         metadata: sandbox.metadata,
+        limits: sandbox.limits,
     });
     Ok(Json(all.collect()))
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
-use stacyvm_api::{CreateRequest, EventKind, ListQuery, ProcessStatus, SandboxId, SandboxState, Template};
+use stacyvm_api::{CreateRequest, EventKind, Limit, ListQuery, ProcessStatus, SandboxId, SandboxState, Template};
 use stacyvm_engine::{CreateOptions, Engine, ExecEvent, StartOptions, UnknownSandboxes};
 use stacyvm_providers::mock::{Fault, MockOperation, MockProvider, Times};
 use stacyvm_sandbox::{
@@ -161,6 +161,8 @@ async fn a_crash_at_any_step_of_a_create_is_settled() {
             // It works, and whoever asked for it may have had the answer.
             Stuck::AfterProvider | Stuck::InConnect => {
                 assert_eq!(state(&engine, &id), Some(SandboxState::Running), "{stuck:?}");
+                let limits = engine.get(&caller(), &id).unwrap().limits;
+                assert!(limits.is_some_and(|limits| limits.unenforced.contains(&Limit::Memory)), "{stuck:?}");
                 assert_eq!(run(&engine, &id, "echo alive").await.stdout, "alive\n");
                 engine.destroy(&caller(), &id).await.unwrap();
             }
@@ -250,7 +252,7 @@ async fn what_nobody_knows_is_removed_or_adopted_as_configured() {
     host.mock.plant_orphan("a cgroup");
     let engine = host.engine().await;
     eventually("the stranger is gone", || host.mock.sandbox_ids() == [known.clone()]).await;
-    assert_eq!(host.mock.orphans(), 0);
+    eventually("what nobody owns is freed", || host.mock.orphans() == 0).await;
     drop(engine);
 
     host.mock.plant(stranger(), spec);
@@ -259,6 +261,7 @@ async fn what_nobody_knows_is_removed_or_adopted_as_configured() {
     let engine = host.engine_with(options).await;
     let adopted = engine.get(&caller(), &stranger()).unwrap();
     assert_eq!((adopted.state, adopted.image.as_str()), (SandboxState::Running, "alpine:latest"));
+    assert!(adopted.limits.is_some());
     assert_eq!(run(&engine, &stranger(), "echo hi").await.stdout, "hi\n");
     eventually("its agent knows the new expiry", || host.mock.expires_at(&stranger()) == Some(adopted.expires_at))
         .await;
@@ -370,6 +373,17 @@ async fn an_orderly_restart_changes_nothing() {
         assert_eq!(&engine.get(&caller(), &sandbox.id).unwrap(), sandbox);
     }
     assert_eq!(host.mock.calls(MockOperation::Destroy).started, 0);
+}
+
+/// As where a killed server has left much to remove.
+#[tokio::test]
+async fn a_sweep_that_takes_long_does_not_hold_up_the_start() {
+    let host = Host::new();
+    host.mock.faults().inject(MockOperation::Sweep, Fault::Hang, Times::Once);
+    // As long as the sweep hangs, which is as long as this waits otherwise.
+    let engine = tokio::time::timeout(PATIENCE / 2, host.engine()).await.expect("it does not wait for the sweep");
+    eventually("it is swept all the same", || host.mock.calls(MockOperation::Sweep).started == 1).await;
+    create(&engine).await;
 }
 
 /// A runtime of another machine, which takes every call and answers none.

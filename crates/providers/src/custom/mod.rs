@@ -210,6 +210,7 @@ impl CustomProvider {
                 created_at: Timestamp::from_unix_ms(0),
                 env: BTreeMap::new(),
                 metadata: BTreeMap::new(),
+                limits: None,
             }),
             None => Err(ProviderError::NotFound(id.clone())),
         }
@@ -299,6 +300,7 @@ impl CustomProvider {
             image: listed.image,
             created_at: listed.created_at,
             metadata,
+            limits: listed.limits,
         })
     }
 
@@ -408,6 +410,9 @@ impl Provider for CustomProvider {
             let operation = if freed { OPERATION } else { UNNAMED };
             return Err(CallError::Garbage("the id of the sandbox cannot be one").of_nonsense(self.name(), operation));
         }
+        let unknown =
+            || LimitReport { unenforced: vec![Limit::Memory, Limit::Cpu, Limit::Pids], ..LimitReport::default() };
+        let limits = spawned.limits.unwrap_or_else(unknown);
         if !offered.keeps_ids() {
             let env = if offered.has(Feature::Spec) { BTreeMap::new() } else { spec.env.clone() };
             let registered = Registered {
@@ -416,6 +421,7 @@ impl Provider for CustomProvider {
                 created_at: Timestamp::now(),
                 env,
                 metadata: spec.metadata.clone(),
+                limits: Some(limits.clone()),
             };
             match self.registry.claim(id, &registered) {
                 Ok(true) => {}
@@ -431,9 +437,7 @@ impl Provider for CustomProvider {
                 }
             }
         }
-        let unknown =
-            || LimitReport { unenforced: vec![Limit::Memory, Limit::Cpu, Limit::Pids], ..LimitReport::default() };
-        Ok(Created { limits: spawned.limits.unwrap_or_else(unknown), image_digest: spawned.image_digest })
+        Ok(Created { limits, image_digest: spawned.image_digest })
     }
 
     async fn connect(&self, id: &SandboxId) -> Result<Connection, ProviderError> {
@@ -478,8 +482,8 @@ impl Provider for CustomProvider {
         let all = self.registry.all().map_err(|error| state_failure(OPERATION, error))?;
         let looked_at = stream::iter(all).map(|(id, registered)| async move {
             let state = self.registered_state(&registered.backend_id).await?;
-            let Registered { image, created_at, metadata, .. } = registered;
-            Ok(RuntimeSandbox { id, state, image: Some(image), created_at: Some(created_at), metadata })
+            let Registered { image, created_at, metadata, limits, .. } = registered;
+            Ok(RuntimeSandbox { id, state, image: Some(image), created_at: Some(created_at), metadata, limits })
         });
         let states: Vec<Result<RuntimeSandbox, CallError>> = looked_at.buffered(STATUS_CALLS_MAX).collect().await;
         states.into_iter().collect::<Result<_, _>>().map_err(failed)

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use stacyvm_api::{SandboxId, Timestamp};
+use stacyvm_api::{LimitReport, SandboxId, Timestamp};
 
 /// A sandbox whose id the backend chose.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +28,8 @@ pub(super) struct Registered {
     pub(super) env: BTreeMap<String, String>,
     #[serde(default)]
     pub(super) metadata: BTreeMap<String, String>,
+    #[serde(default)]
+    pub(super) limits: Option<LimitReport>,
 }
 
 #[derive(Debug, Clone)]
@@ -129,6 +131,7 @@ mod tests {
             created_at: Timestamp::now(),
             env: BTreeMap::from([("SECRET".to_owned(), "s".to_owned())]),
             metadata: BTreeMap::new(),
+            limits: Some(LimitReport::default()),
         };
         Registry::open(dir.path().join("a/b")).unwrap().claim(&id, &registered).unwrap();
         let again = Registry::open(dir.path().join("a/b")).unwrap();

@@ -119,7 +119,7 @@ impl Plan {
             // A check of the image's would run beside the agent, before and
             // after it serves.
             healthcheck: Some(HealthConfig { test: Some(vec!["NONE".to_owned()]), ..HealthConfig::default() }),
-            labels: Some(label::of_sandbox(&self.id, &self.spec, instance, options)),
+            labels: Some(label::of_sandbox(&self.id, &self.spec, &self.report, instance, options)),
             // The way of the boot configuration, once.
             open_stdin: Some(true),
             stdin_once: Some(true),

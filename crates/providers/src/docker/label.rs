@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use stacyvm_api::SandboxId;
+use stacyvm_api::{LimitReport, SandboxId};
 use stacyvm_sandbox::SandboxSpec;
 
 use super::NAME;
@@ -15,6 +15,7 @@ const PROVIDER: &str = "stacyvm.provider";
 const SANDBOX: &str = "stacyvm.sandbox";
 pub(super) const IMAGE: &str = "stacyvm.image";
 const METADATA: &str = "stacyvm.metadata";
+const LIMITS: &str = "stacyvm.limits";
 
 /// Which server it belongs to.
 const INSTANCE: &str = "stacyvm.instance";
@@ -28,10 +29,17 @@ const PREVIEW_PORT: u16 = 3000;
 pub(super) type Labels = HashMap<String, String>;
 
 /// Those of a sandbox's container.
-pub(super) fn of_sandbox(id: &SandboxId, spec: &SandboxSpec, instance: &str, options: &DockerOptions) -> Labels {
+pub(super) fn of_sandbox(
+    id: &SandboxId,
+    spec: &SandboxSpec,
+    limits: &LimitReport,
+    instance: &str,
+    options: &DockerOptions,
+) -> Labels {
     let mut labels = of_instance(instance);
     labels.insert(SANDBOX.to_owned(), id.to_string());
     labels.insert(IMAGE.to_owned(), spec.image.clone());
+    labels.insert(LIMITS.to_owned(), serde_json::to_string(limits).unwrap_or_default());
     if !spec.metadata.is_empty() {
         let metadata = serde_json::to_string(&spec.metadata).unwrap_or_default();
         labels.insert(METADATA.to_owned(), metadata);
@@ -91,6 +99,10 @@ pub(super) fn is_agents(labels: &Labels, instance: &str) -> bool {
 
 pub(super) fn metadata(labels: &Labels) -> BTreeMap<String, String> {
     labels.get(METADATA).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+}
+
+pub(super) fn limits(labels: &Labels) -> Option<LimitReport> {
+    serde_json::from_str(labels.get(LIMITS)?).ok()
 }
 
 #[cfg(test)]

@@ -119,5 +119,6 @@ fn describe(container: ContainerSummary, instance: &str) -> Option<RuntimeSandbo
         image: labels.get(label::IMAGE).cloned(),
         created_at: container.created.map(|seconds| Timestamp::from_unix_ms(seconds.saturating_mul(1000))),
         metadata: label::metadata(&labels),
+        limits: label::limits(&labels),
     })
 }

@@ -35,6 +35,7 @@ pub(crate) async fn groups<Live>(
 pub(crate) fn trash(emptied: Result<usize, impl std::error::Error + 'static>, freed: &mut Vec<String>) {
     match emptied {
         Ok(0) => {}
+        Ok(1) => freed.push("the files of a destroyed sandbox".to_owned()),
         Ok(trees) => freed.push(format!("the files of {trees} destroyed sandboxes")),
         Err(error) => {
             let error = &error as &dyn std::error::Error;

@@ -3,11 +3,12 @@
 //! A guest can nest directories deeper than any stack or descriptor table is:
 //! a recursive removal would crash the server. So directories are never
 //! entered twice over: one that is not empty is moved up beside the others and
-//! emptied in turn. Names are taken relative to an open directory and symlinks
+//! emptied in turn. Its name says which tree it is of, also to a later process:
+//! `TREE`, and `TREE.PART` for what was moved up. Names are taken relative to an open directory and symlinks
 //! are unlinked, never followed. Where the server is an ordinary user, guests
 //! are the same one, and a directory that they closed is opened again.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,6 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
+
+/// Between the name of a tree and what tells its parts apart.
+const PART: char = '.';
 
 /// Makes names in the trash unique within a process; see [`fresh_name`].
 static COUNTER: AtomicU64 = AtomicU64::new(0);
@@ -31,12 +35,13 @@ pub(crate) fn discard(trash: &Path, tree: &Path) -> io::Result<()> {
 /// What the owner of a directory needs to empty it.
 const OPEN_TO_OWNER: Mode = Mode::RWXU;
 
-/// Removes everything in the trash; returns how many trees that was. What
-/// cannot be removed holds nothing else up.
+/// Removes everything in the trash; returns how many trees that was, those
+/// included of which an earlier process has left but parts. What cannot be
+/// removed holds nothing else up.
 pub(crate) fn empty(trash: &Path) -> io::Result<usize> {
     let trash = open_dir(rustix::fs::CWD, trash)?;
     let mut waiting: VecDeque<CString> = names(trash.as_fd())?.into_iter().map(|(name, _)| name).collect();
-    let trees = waiting.len();
+    let trees = waiting.iter().map(|name| tree_of(name)).collect::<BTreeSet<_>>().len();
     let mut failure = None;
     while let Some(name) = waiting.pop_front() {
         match step(trash.as_fd(), &name) {
@@ -87,7 +92,7 @@ fn clear(trash: BorrowedFd<'_>, name: &CStr) -> io::Result<Vec<CString>> {
         if remove_entry(directory.as_fd(), &entry, kind)? {
             continue;
         }
-        let fresh = fresh_name();
+        let fresh = fresh_part(name);
         let rename = || rustix::fs::renameat(&directory, &entry, trash, &fresh);
         let renamed = match rename() {
             // Its `..` changes, which is a write to it.
@@ -141,6 +146,18 @@ fn open_dir<P: rustix::path::Arg>(parent: impl AsFd, name: P) -> io::Result<Owne
     Ok(rustix::fs::openat(parent, name, flags, Mode::empty())?)
 }
 
+/// The tree that something in the trash is, or is a part of.
+fn tree_of(name: &CStr) -> String {
+    let name = name.to_string_lossy();
+    name.split(PART).next().unwrap_or_default().to_owned()
+}
+
+/// A name for what is moved up out of something in the trash.
+fn fresh_part(of: &CStr) -> CString {
+    let name = format!("{}{PART}{}", tree_of(of), fresh_name().to_string_lossy());
+    CString::new(name).unwrap_or_default()
+}
+
 /// A name no other process uses either: it holds our pid and our start.
 fn fresh_name() -> CString {
     let number = COUNTER.fetch_add(1, Ordering::Relaxed);
@@ -183,5 +200,25 @@ mod tests {
         assert_eq!(empty(&trash).unwrap(), 1);
         assert_eq!(std::fs::read_dir(&trash).unwrap().count(), 0);
         assert_eq!(std::fs::metadata(outside.join("precious")).unwrap().size(), 1);
+    }
+
+    /// As a server leaves it that is killed in the middle.
+    #[test]
+    fn parts_are_counted_as_the_tree_that_they_are_of() {
+        let root = tempfile::tempdir().unwrap();
+        let (trash, tree) = (root.path().join("trash"), root.path().join("tree"));
+        std::fs::create_dir(&trash).unwrap();
+        for number in 0..5 {
+            std::fs::create_dir_all(tree.join(format!("outer/inner-{number}/innermost"))).unwrap();
+        }
+        discard(&trash, &tree).unwrap();
+        let opened = open_dir(rustix::fs::CWD, &trash).unwrap();
+        for _ in 0..2 {
+            for (name, _) in names(opened.as_fd()).unwrap() {
+                step(opened.as_fd(), &name).unwrap();
+            }
+        }
+        assert!(std::fs::read_dir(&trash).unwrap().count() > 1);
+        assert_eq!((empty(&trash).unwrap(), empty(&trash).unwrap()), (1, 0));
     }
 }

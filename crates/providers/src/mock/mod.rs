@@ -189,6 +189,12 @@ impl MockProvider {
     }
 }
 
+/// Nothing here takes memory, time or space that could be limited.
+fn no_limits() -> LimitReport {
+    let unenforced = vec![Limit::Memory, Limit::Swap, Limit::Cpu, Limit::Pids, Limit::Disk];
+    LimitReport { unenforced, disk_backend: Some("none".to_owned()), ..LimitReport::default() }
+}
+
 /// Whether a resource of a sandbox is used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exhausted {
@@ -249,10 +255,7 @@ impl Provider for MockProvider {
                 return Err(ProviderError::InvalidSpec { message });
             }
             sandboxes.insert(id.clone(), MockSandbox::new(id.clone(), spec.clone()));
-            // Nothing here takes memory, time or space that could be limited.
-            let unenforced = vec![Limit::Memory, Limit::Swap, Limit::Cpu, Limit::Pids, Limit::Disk];
-            let limits = LimitReport { unenforced, disk_backend: Some("none".to_owned()), ..LimitReport::default() };
-            Ok(Created { limits, image_digest: None })
+            Ok(Created { limits: no_limits(), image_digest: None })
         };
         self.call(MockOperation::Create, "create the sandbox", make).await
     }
@@ -287,6 +290,7 @@ impl Provider for MockProvider {
                 image: Some(sandbox.spec.image.clone()),
                 created_at: Some(sandbox.created_at),
                 metadata: sandbox.spec.metadata.clone(),
+                limits: Some(no_limits()),
             });
             Ok(entries.collect())
         };

@@ -114,6 +114,7 @@ impl OciProvider {
             image: Some(record.image),
             created_at: Some(record.created_at),
             metadata: record.metadata,
+            limits: Some(record.limits),
         }))
     }
 }

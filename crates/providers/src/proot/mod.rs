@@ -96,6 +96,7 @@ impl ProotProvider {
             image: Some(record.image),
             created_at: Some(record.created_at),
             metadata: record.metadata,
+            limits: Some(record.limits),
         }))
     }
 }

@@ -74,6 +74,50 @@ async fn our_backend_refuses_what_no_sandbox_can_be_made_from() {
     assert_eq!(spawn(r#"{"image":"alpine"}"#.to_owned()).await.expect("an answer").status(), 201);
 }
 
+/// So that a server that lost its record of them finds them again.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_limits_of_sandboxes_are_listed() {
+    let example = Example::start();
+    let (ours, _state) = over(Arc::new(MockProvider::default())).await;
+    let (plain, _other_state) = custom(&example.url).await;
+    let spec = SandboxSpec { allow_unenforced: true, ..fixture::spec() };
+    for provider in [ours, plain] {
+        let id = SandboxId::random();
+        let created = provider.create(&id, &spec, &()).await.expect("a sandbox");
+        let listed = provider.list().await.expect("it lists");
+        assert_eq!(listed[0].limits, Some(created.limits));
+        provider.destroy(&id).await.expect("destroyed");
+    }
+}
+
+/// Those that the HTTP library makes by itself, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_refusal_of_our_backend_is_a_failure_of_the_protocol() {
+    let url = listen(Arc::new(MockProvider::default())).await;
+    let (_installs_tls, _state) = custom(&url).await;
+    for (method, path, kind, body, expected) in [
+        ("POST", "/spawn", "text/plain", "{}", (415, "BAD_REQUEST")),
+        ("POST", "/spawn", "application/json", "{", (400, "BAD_REQUEST")),
+        ("POST", "/spawn", "application/json", r#"{"image":7}"#, (422, "BAD_REQUEST")),
+        ("GET", "/files", "text/plain", "", (400, "BAD_REQUEST")),
+        ("GET", "/sandboxes/x/logs?lines=many", "text/plain", "", (400, "BAD_REQUEST")),
+        ("GET", "/sandboxes/x/terminal", "text/plain", "", (400, "BAD_REQUEST")),
+        ("GET", "/no/such/route", "text/plain", "", (404, "UNSUPPORTED")),
+        ("PATCH", "/spawn", "text/plain", "", (405, "UNSUPPORTED")),
+        ("GET", "/status/x", "text/plain", "", (404, "NOT_FOUND")),
+    ] {
+        let what = format!("{method} {path} {body}");
+        let method = method.parse().expect("a method");
+        let call = reqwest::Client::new().request(method, format!("{url}{path}")).header("x-api-key", KEY);
+        let answer = call.header("content-type", kind).body(body).send().await.expect("an answer");
+        let status = answer.status().as_u16();
+        let text = answer.text().await.expect("a body");
+        let failure: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{what}: {text:?}"));
+        assert_eq!((status, failure["code"].as_str()), (expected.0, Some(expected.1)), "{what}: {text}");
+        assert!(failure["message"].as_str().is_some_and(|message| !message.is_empty()), "{what}: {text}");
+    }
+}
+
 /// Whoever orders hears why the machine over there refuses.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_reason_of_our_backend_reaches_whoever_asked() {

@@ -130,7 +130,8 @@ fn a_guest_cannot_end_its_proot_or_everybody() {
 async fn a_sandbox_is_taken_up_by_the_next_server() {
     for apart in [Apart::Namespaces, Apart::Shared] {
         let mut fixture = Proot::start(apart).await;
-        let id = fixture.create(&fixture.spec()).await;
+        let id = SandboxId::random();
+        let created = fixture.provider.create(&id, &fixture.spec(), &()).await.expect("a sandbox");
         fixture.output(&id, "echo kept >/workspace/file; (sleep 3004 >/dev/null 2>&1 &)").await;
         let pid = fixture.pid(&id);
         fixture.restart().await;
@@ -141,6 +142,7 @@ async fn a_sandbox_is_taken_up_by_the_next_server() {
             [(&id, RuntimeState::Running)]
         );
         assert_eq!(listed[0].metadata, BTreeMap::from([("test".to_owned(), "yes".to_owned())]));
+        assert_eq!(listed[0].limits, Some(created.limits));
         assert_eq!(fixture.output(&id, "cat /workspace/file").await, "kept");
         assert_eq!(fixture.pid(&id), pid);
         fixture.provider.destroy(&id).await.expect("destroyed");
