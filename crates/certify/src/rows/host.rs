@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::process::Command;
 
-use super::{Looked, Seen, daemon};
+use super::{Looked, Seen, daemon, language};
 use crate::host::{Daemon, run as run_program, tail};
 use crate::run::Run;
 use crate::{CertifyOptions, HostCheck, KeySource, RuntimeSettings, Status, Target};
@@ -210,16 +210,21 @@ fn guest_networks() -> Seen {
 }
 
 fn languages(settings: &RuntimeSettings) -> Seen {
-    let has = |language: &str| {
-        ["bin", "usr/bin", "usr/local/bin"].iter().any(|at| settings.proot_rootfs.join(at).join(language).exists())
+    // Links in it are its own: not this host's files are meant.
+    let is_there = |language: &str| {
+        let places = ["bin", "usr/bin", "usr/local/bin"].map(|at| settings.proot_rootfs.join(at).join(language));
+        places.iter().any(|place| place.symlink_metadata().is_ok())
     };
     let missing: Vec<&str> =
-        settings.proot_languages.iter().map(String::as_str).filter(|language| !has(language)).collect();
+        settings.proot_languages.iter().map(String::as_str).filter(|language| !is_there(language)).collect();
+    if settings.proot_languages.is_empty() {
+        return Seen::pass("the configuration names no language");
+    }
     if missing.is_empty() {
         return Seen::pass(format!("{} are in the root file system", settings.proot_languages.join(", ")));
     }
-    let fix = "install them into the root file system, or take them out of providers.proot.languages";
-    Seen::fail(format!("{} has no {}", settings.proot_rootfs.display(), missing.join(", ")), fix)
+    let message = format!("{} has no {}", settings.proot_rootfs.display(), missing.join(", "));
+    Seen::fail(message, language::fix(&settings.proot_languages, &missing))
 }
 
 fn parse(url: &str) -> Result<reqwest::Url, String> {

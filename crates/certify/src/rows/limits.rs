@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use stacyvm_api::ErrorCode;
 use stacyvm_client::{Client, SandboxClient};
 
-use super::{Caps, Looked, Making, Seen, Trouble, make, make_limited, same, shell};
+use super::{Caps, Looked, Making, Seen, Trouble, language, make, make_limited, same, shell};
 use crate::run::Run;
 use crate::server::Subject;
 
@@ -96,7 +96,7 @@ async fn languages(client: &Client, making: Making<'_>, wanted: &[String]) -> Lo
     if missing.is_empty() {
         return Ok(Seen { evidence, ..Seen::pass(format!("{} run, and say their versions", wanted.join(", "))) });
     }
-    let fix = "stacyvm rootfs build --include LANGUAGE, or take it out of providers.proot.languages";
+    let fix = language::fix(wanted, &missing);
     Ok(Seen { evidence, ..Seen::fail(format!("these do not run: {}", missing.join(", ")), fix) })
 }
 

@@ -4,6 +4,7 @@ pub(crate) mod baseline;
 pub(crate) mod faults;
 pub(crate) mod host;
 pub(crate) mod identity;
+mod language;
 pub(crate) mod limits;
 pub(crate) mod measure;
 pub(crate) mod preview;

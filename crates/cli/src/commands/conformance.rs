@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use clap::{ArgGroup, Args};
 use stacyvm_client::{Client, ClientOptions};
 use stacyvm_conformance::{
-    Check, CheckReport, Format, Observer, ProviderTarget, RunOptions, ServerTarget, Status, Target,
+    Check, CheckReport, Format, Observer, ProviderTarget, RunOptions, ServerTarget, Status, Target, TargetError,
 };
 
 use stacyvm_providers::proot::Permission;
@@ -19,6 +19,7 @@ use crate::commands::Context;
 use crate::commands::serve::open_one;
 use crate::config::{self, Environment};
 use crate::data_dir::{self, DataDirLock};
+use crate::failure::Advice;
 use crate::output::{Output, Tone, print};
 
 /// Check a runtime, or a whole server, against the contract
@@ -117,7 +118,11 @@ impl Subject {
     async fn open(context: &Context, args: &ConformanceArgs) -> anyhow::Result<Self> {
         if let Some(url) = &args.url {
             let options = ClientOptions { api_key: context.api_key.clone(), ..ClientOptions::new(url.clone()) };
-            let target = ServerTarget::connect(Client::new(&options)?, args.provider.as_deref()).await?;
+            let target = ServerTarget::connect(Client::new(&options)?, args.provider.as_deref()).await;
+            let target = target.map_err(|error| match error {
+                TargetError::Stranger { message, hint } => Advice::new(message, hint).into(),
+                other => anyhow::Error::from(other),
+            })?;
             return Ok(Self { target: Arc::new(target), provider: None });
         }
         let name = args.provider.as_deref().context("name a provider or a URL")?;

@@ -9,6 +9,7 @@ use rustix::process::{Signal, kill_process};
 use stacyvm_api::{ErrorCode, ExecRequest, ProcessStatus};
 use stacyvm_client::ClientError;
 
+use crate::custom::answering;
 use crate::support::{Server, Site, create, eventually, output, pid_of, small};
 
 /// What the backend asks for.
@@ -125,6 +126,29 @@ async fn a_wrong_key_is_told_as_such_and_is_never_shown() {
     for text in [said, ran.stderr().to_owned(), server.log()] {
         assert!(!text.contains("not-the-key") && !text.contains(KEY), "{text}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_arguments_of_a_backend_are_told_with_what_is_right() {
+    let site = Site::new();
+    let ran = site.run(&["backend", "serve", "--listen", "localhost"]).await;
+    assert_eq!(ran.says("the port is missing: write localhost:7425").status(), Some(2));
+    let ran = site.run(&["backend", "serve", "--provider", "nope"]).await.failed(1);
+    let ran = ran.says("there is no provider `nope`");
+    assert!(ran.stderr().contains("--provider oci") && !ran.stderr().contains("custom"), "{ran}");
+}
+
+/// The suite is told where it went wrong, rather than that something is missing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_server_is_told_as_such_to_whoever_checks_it() {
+    let site = Site::new();
+    let backend = BackendProcess::start(&site, &["--provider", "mock"]).await;
+    for key in ["", KEY] {
+        let ran = site.run(&["--api-key", key, "conformance", "--url", &backend.url]).await.failed(1);
+        ran.says("is a StacyVM backend, not a server").says("--provider custom");
+    }
+    let ran = site.run(&["conformance", "--url", &answering("", "")]).await.failed(1);
+    ran.says("is not a StacyVM server").says("stacyvm serve");
 }
 
 #[tokio::test(flavor = "multi_thread")]

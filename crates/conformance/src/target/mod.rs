@@ -15,6 +15,9 @@ use stacyvm_sandbox::{Cause, Session};
 
 use crate::Ability;
 
+/// Where a runtime says in its settings how many sandboxes it has at most.
+const MAX_SANDBOXES: &str = "max_sandboxes";
+
 /// Makes sandboxes and opens sessions into them.
 #[async_trait]
 pub trait Target: Send + Sync + 'static {
@@ -35,6 +38,11 @@ pub trait Target: Send + Sync + 'static {
 
     /// The sandboxes that this target made and that still exist.
     async fn list(&self) -> Result<Vec<SandboxId>, TargetError>;
+
+    /// How many more sandboxes fit, where the target says so.
+    async fn room(&self) -> Result<Option<u64>, TargetError> {
+        Ok(None)
+    }
 
     /// Memory in bytes and processes, as the runtime counts them.
     async fn usage(&self, id: &SandboxId) -> Result<(u64, u64), TargetError>;
@@ -68,6 +76,9 @@ pub enum TargetError {
     Image(String),
     #[error("the request was refused: {0}")]
     Refused(String),
+    /// What answers is not what was to be checked.
+    #[error("{message}")]
+    Stranger { message: String, hint: String },
     #[error("{0} is not supported")]
     Unsupported(&'static str),
     #[error("the target is unavailable: {0}")]

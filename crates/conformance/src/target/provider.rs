@@ -11,7 +11,7 @@ use stacyvm_sandbox::{
     Session,
 };
 
-use super::{Order, SandboxView, Target, TargetError};
+use super::{MAX_SANDBOXES, Order, SandboxView, Target, TargetError};
 use crate::Ability;
 
 const DEFAULT_MEMORY_MIB: u64 = 512;
@@ -143,6 +143,14 @@ impl Target for ProviderTarget {
         let ours: BTreeSet<SandboxId> =
             self.made.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
         Ok(found.into_iter().map(|sandbox| sandbox.id).filter(|id| ours.contains(id)).collect())
+    }
+
+    async fn room(&self) -> Result<Option<u64>, TargetError> {
+        let Some(most) = self.provider.describe().get(MAX_SANDBOXES).and_then(|most| most.parse::<u64>().ok()) else {
+            return Ok(None);
+        };
+        let there = self.provider.list().await.map_err(|error| translated(error, "list"))?;
+        Ok(Some(most.saturating_sub(there.len() as u64)))
     }
 
     async fn usage(&self, id: &SandboxId) -> Result<(u64, u64), TargetError> {

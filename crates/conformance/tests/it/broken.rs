@@ -1,6 +1,7 @@
 //! A suite that cannot fail proves nothing: one thing is broken at a time, and
 //! exactly the checks that speak of it must fail.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +36,13 @@ enum Flaw {
     EnvironmentIsLost,
     GlobsFindTooMuch,
     HighBytesAreReplaced,
+    /// Not one, if it is said: there are only so many sandboxes.
+    RoomIsLittle,
+    RoomIsLittleAndNotSaid,
 }
+
+/// Sandboxes at once, where there is little room.
+const LITTLE_ROOM: usize = 4;
 
 async fn failing_with(flaw: Flaw) -> Vec<String> {
     let provider = BrokenProvider { inner: MockProvider::default(), flaw };
@@ -44,7 +51,8 @@ async fn failing_with(flaw: Flaw) -> Vec<String> {
     // passes takes a few seconds here.
     let options = RunOptions { deadline_max: Some(Duration::from_secs(30)), ..RunOptions::default() };
     let report = run(target, &options, &()).await.unwrap();
-    assert_eq!(flaw == Flaw::None, report.is_success(), "{}", report.render(Format::Text));
+    let is_fine = matches!(flaw, Flaw::None | Flaw::RoomIsLittle);
+    assert_eq!(is_fine, report.is_success(), "{}", report.render(Format::Text));
     assert_eq!(flaw == Flaw::DestroyDoesNothing, !report.left_behind.is_empty(), "{:?}", report.left_behind);
     report.failed_ids().into_iter().map(str::to_owned).collect()
 }
@@ -56,6 +64,12 @@ async fn check(flaw: Flaw, expected: &[&str]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrapper_without_a_flaw_passes() {
     check(Flaw::None, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bound_on_sandboxes_is_kept_to_where_it_is_said() {
+    check(Flaw::RoomIsLittle, &[]).await;
+    check(Flaw::RoomIsLittleAndNotSaid, &["S62"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -143,6 +157,11 @@ impl Provider for BrokenProvider {
         self.inner.capabilities()
     }
 
+    fn describe(&self) -> BTreeMap<String, String> {
+        let bound = (self.flaw == Flaw::RoomIsLittle).then(|| ("max_sandboxes".to_owned(), LITTLE_ROOM.to_string()));
+        bound.into_iter().collect()
+    }
+
     async fn check(&self) -> HealthReport {
         self.inner.check().await
     }
@@ -153,6 +172,10 @@ impl Provider for BrokenProvider {
         spec: &SandboxSpec,
         progress: &dyn ProgressSink,
     ) -> Result<Created, ProviderError> {
+        let is_bounded = matches!(self.flaw, Flaw::RoomIsLittle | Flaw::RoomIsLittleAndNotSaid);
+        if is_bounded && self.inner.sandbox_ids().len() >= LITTLE_ROOM {
+            return Err(ProviderError::Exhausted { message: "it is full".to_owned() });
+        }
         self.inner.create(id, spec, progress).await
     }
 

@@ -125,13 +125,16 @@ impl Provider for ProotProvider {
 
     fn describe(&self) -> BTreeMap<String, String> {
         let options = &self.runtime.options;
-        BTreeMap::from([
+        let bound = Some(options.max_sandboxes).filter(|most| *most > 0);
+        let bound = bound.map(|most| ("max_sandboxes".to_owned(), most.to_string()));
+        let always = BTreeMap::from([
             ("type".to_owned(), NAME.to_owned()),
             ("rootfs_path".to_owned(), options.rootfs.display().to_string()),
             ("proot_binary".to_owned(), options.program.display().to_string()),
             ("workspace_base".to_owned(), self.runtime.layout.base().display().to_string()),
             ("namespaces".to_owned(), self.runtime.shared.is_none().to_string()),
-        ])
+        ]);
+        always.into_iter().chain(bound).collect()
     }
 
     async fn check(&self) -> HealthReport {

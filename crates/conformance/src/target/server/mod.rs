@@ -12,7 +12,7 @@ use stacyvm_client::{Client, ClientError};
 use stacyvm_sandbox::{Session, SessionError};
 
 use self::session::ServerSession;
-use super::{Order, SandboxView, Target, TargetError};
+use super::{MAX_SANDBOXES, Order, SandboxView, Target, TargetError};
 use crate::Ability;
 
 /// Marks the sandboxes of one run, so that what an aborted request left behind
@@ -32,6 +32,8 @@ pub struct ServerTarget {
 impl ServerTarget {
     /// Asks the server about the provider to test: the named one, or its default.
     pub async fn connect(client: Client, provider: Option<&str>) -> Result<Self, TargetError> {
+        // A server tells everybody its health.
+        client.health().await.map_err(|error| stranger(error, &client))?;
         let providers = client.providers().await.map_err(|error| target_error(error, "list its providers", None))?;
         let known: Vec<String> = providers.iter().map(|provider| provider.name.clone()).collect();
         let wanted = |candidate: &ProviderHealth| match provider {
@@ -126,6 +128,24 @@ impl Target for ServerTarget {
         Ok(ours.map(|sandbox| sandbox.id).collect())
     }
 
+    async fn room(&self) -> Result<Option<u64>, TargetError> {
+        let name = &self.provider.name;
+        let request = CreateRequest { provider: Some(name.clone()), ..CreateRequest::default() };
+        let decision = self.client.admission(&request).await;
+        let decision = decision.map_err(|error| target_error(error, "say how many sandboxes fit", None))?;
+        let detail = self.client.provider(name).await;
+        let detail = detail.map_err(|error| target_error(error, "show its provider", None))?;
+        let bounds = [
+            Some(decision.max_sandboxes).filter(|most| *most > 0).map(|most| (most, decision.active_sandboxes)),
+            detail
+                .config
+                .get(MAX_SANDBOXES)
+                .and_then(|most| most.parse().ok())
+                .map(|most| (most, detail.sandbox_count)),
+        ];
+        Ok(bounds.into_iter().flatten().map(|(most, there): (u64, u64)| most.saturating_sub(there)).min())
+    }
+
     async fn usage(&self, id: &SandboxId) -> Result<(u64, u64), TargetError> {
         let stats = self.client.sandbox(id.clone()).stats().await;
         let stats = stats.map_err(|error| target_error(error, "read usage", Some(id)))?;
@@ -133,6 +153,25 @@ impl Target for ServerTarget {
             return Err(TargetError::Unsupported("reading usage"));
         }
         Ok((stats.mem_bytes.unwrap_or(0), stats.pids.unwrap_or(0)))
+    }
+}
+
+/// What answers where a server was to be, and does not tell its health as one.
+fn stranger(error: ClientError, client: &Client) -> TargetError {
+    let server = client.server();
+    match (&error, error.code()) {
+        // A backend wants its key even here, or has no such route.
+        (ClientError::Api(_), Some(ErrorCode::Unauthorized | ErrorCode::Unsupported)) => TargetError::Stranger {
+            message: format!("what answers at {server} is a StacyVM backend, not a server"),
+            hint: "check it through a server whose providers.custom.base_url is this address: `stacyvm conformance \
+                   --url SERVER --provider custom`"
+                .to_owned(),
+        },
+        (ClientError::Api(_) | ClientError::Protocol(_), None | Some(ErrorCode::NotFound)) => TargetError::Stranger {
+            message: format!("what answers at {server} is not a StacyVM server"),
+            hint: "`stacyvm serve` starts one, and says its address".to_owned(),
+        },
+        _ => target_error(error, "tell its health", None),
     }
 }
 
