@@ -52,6 +52,32 @@ async fn bodies_that_are_no_json_objects_are_400() {
     }
 }
 
+/// Whoever refuses a request, a route or the HTTP library.
+#[tokio::test]
+async fn every_refusal_is_the_envelope() {
+    let fixture = Fixture::open().await;
+    let id = fixture.sandbox().await;
+    let sandbox = format!("/api/v1/sandboxes/{id}");
+    for (method, target, header, expected) in [
+        ("GET", "/nothing".to_owned(), ("", ""), (404, "NOT_FOUND")),
+        ("GET", "/api/v1/nothing".to_owned(), ("", ""), (404, "NOT_FOUND")),
+        ("GET", "/api/v1/sandboxes/%ff".to_owned(), ("", ""), (400, "BAD_REQUEST")),
+        ("PATCH", "/api/v1/sandboxes".to_owned(), ("", ""), (405, "METHOD_NOT_ALLOWED")),
+        ("GET", "/api/v1/sandboxes?limit=many".to_owned(), ("", ""), (400, "BAD_REQUEST")),
+        ("POST", format!("{sandbox}/exec"), ("Content-Type", "text/plain"), (415, "UNSUPPORTED_MEDIA_TYPE")),
+        ("GET", format!("{sandbox}/exec/ws"), ("", ""), (426, "UPGRADE_REQUIRED")),
+        ("GET", format!("{sandbox}/exec/ws"), ("Upgrade", "websocket"), (426, "UPGRADE_REQUIRED")),
+    ] {
+        let mut request = fixture.request(method, &target);
+        if !header.0.is_empty() {
+            request = request.header(header.0, header.1).body("{}");
+        }
+        let answer = request.send().await;
+        assert_eq!(failure(&answer), (expected.0, expected.1.to_owned()), "{method} {target} {header:?}");
+        assert!(answer.json()["message"].as_str().is_some_and(|message| !message.is_empty()), "{answer:?}");
+    }
+}
+
 #[tokio::test]
 async fn fields_of_the_wrong_type_are_400_and_named() {
     let fixture = Fixture::open().await;
