@@ -17,7 +17,7 @@ use crate::connection::{self, Site, Surface};
 use crate::linger::Lingering;
 use crate::preview::{Arrival, Domain, Scheme};
 use crate::tls::{HANDSHAKE_TIME, Tls, is_challenge};
-use crate::{App, Listener, ServerError, ServerOptions};
+use crate::{App, Listener, ServerError, ServerOptions, check_preview_options};
 
 /// Open connections at most; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 16_384;
@@ -40,6 +40,7 @@ impl Server {
     /// Takes the address. Beyond loopback, and for pages of any origin, a key
     /// is demanded.
     pub async fn bind(options: ServerOptions, engine: Engine) -> Result<Self, ServerError> {
+        check_preview_options(&options.preview, options.port)?;
         let targets = resolve(&options.host, options.port).await?;
         let beyond_loopback = targets.iter().find(|address| !address.ip().to_canonical().is_loopback());
         let main = listen(&targets).await?;
@@ -50,8 +51,12 @@ impl Server {
         let previews = options.preview.domain.as_deref().and_then(Domain::parse);
         let tls = options.tls.as_ref().map(|tls| Tls::open(tls, previews.as_ref())).transpose()?;
         let acme = tls.as_ref().and_then(Tls::acme).cloned();
-        let port = addresses(&main).first().map_or(options.port, SocketAddr::port);
-        let listener = Listener { scheme: scheme(tls.as_ref()), port, beyond_loopback: beyond_loopback.is_some() };
+        let listener = Listener {
+            scheme: scheme(tls.as_ref()),
+            port: addresses(&main).first().map_or(options.port, SocketAddr::port),
+            preview_port: addresses(&preview_paths).first().map(SocketAddr::port),
+            beyond_loopback: beyond_loopback.is_some(),
+        };
         let app = App::new(options, engine, listener, acme)?;
         app.auth.check()?;
         if let (Some(address), true) = (beyond_loopback, app.auth.is_open()) {

@@ -235,7 +235,7 @@ fn default_headers(options: &ClientOptions) -> Result<HeaderMap, ClientError> {
     Ok(headers)
 }
 
-fn is_loopback(url: &Url) -> bool {
+pub(crate) fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }

@@ -79,7 +79,7 @@ pub(crate) struct Suggestion {
 
 pub(crate) async fn run(context: &Context, args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let environment = Environment::of_this_process();
-    let loaded = args.place.load(&environment);
+    let loaded = args.place.examine(&environment);
     let strictness = Strictness::new(args.production);
     let diagnosis = diagnose(context, &loaded, &environment, strictness).await?;
     context.output.show(&diagnosis, |diagnosis| {
