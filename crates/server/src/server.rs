@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stacyvm_engine::Engine;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -16,7 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::connection::{self, Site, Surface};
 use crate::linger::Lingering;
 use crate::preview::{Arrival, Domain, Scheme};
-use crate::tls::{HANDSHAKE_TIME, Tls, is_challenge};
+use crate::tls::{HANDSHAKE_TIME, Tls, https_only, is_challenge, is_plain_http};
 use crate::{App, Listener, ServerError, ServerOptions, check_preview_options};
 
 /// Open connections at most; more wait in the kernel's queue.
@@ -180,6 +181,12 @@ impl Acceptor {
         let (site, tls, cut) = (Arc::clone(&self.site), self.tls.clone(), self.cut.clone());
         async move {
             let Some(tls) = tls else { return connection::serve(stream, site, arrival, cut).await };
+            let Ok(Some(first)) = tokio::time::timeout(HANDSHAKE_TIME, stream.first_byte()).await else {
+                return tracing::debug!("a client ended, or said nothing, before a TLS handshake");
+            };
+            if is_plain_http(first) {
+                return refuse_plain_http(stream).await;
+            }
             match tokio::time::timeout(HANDSHAKE_TIME, tls.accept(stream)).await {
                 Ok(Ok(stream)) if is_challenge(stream.get_ref().1) => {}
                 Ok(Ok(stream)) => connection::serve(stream, site, arrival, cut).await,
@@ -188,6 +195,12 @@ impl Acceptor {
             }
         }
     }
+}
+
+/// Says to whoever speaks plain HTTP to a port that speaks TLS what is wrong.
+async fn refuse_plain_http(mut stream: Lingering) {
+    let sent = tokio::time::timeout(HANDSHAKE_TIME, stream.write_all(&https_only())).await;
+    tracing::debug!(?sent, "a client spoke plain HTTP to a port that speaks TLS");
 }
 
 fn scheme<T>(tls: Option<&T>) -> Scheme {

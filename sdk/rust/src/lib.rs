@@ -38,8 +38,8 @@ mod system;
 mod template;
 mod terminal;
 
-pub use client::{Client, ClientOptions};
-pub use error::{ApiError, ClientError};
+pub use client::{Certificates, Client, ClientOptions};
+pub use error::{ApiError, ClientError, TlsProblem};
 pub use event::{EventStream, EventsOptions};
 pub use exec::{Channel, ExecEvent, ExecStream, Exit};
 pub use file::{Download, UploadOptions, WatchOptions, WatchStream};

@@ -106,7 +106,7 @@ pub(crate) async fn diagnose(
             checks.extend(config::lint(loaded, strictness).into_iter().filter(shown));
             let dir = PlaceArgs::data_dir(found, environment)?;
             checks.extend(server::check(&found.config, &dir, environment, strictness));
-            checks.extend(server::port(&found.config, &dir, &context.client()?).await);
+            checks.extend(server::port(context, &found.config, &dir).await?);
             data_dir = Some(dir);
         }
     }
