@@ -44,5 +44,5 @@ pub use event::{EventStream, EventsOptions};
 pub use exec::{Channel, ExecEvent, ExecStream, Exit};
 pub use file::{Download, UploadOptions, WatchOptions, WatchStream};
 pub use port::{Forwarded, PreviewAnswer};
-pub use sandbox::{Page, SandboxClient};
+pub use sandbox::{Destroyed, Page, SandboxClient};
 pub use terminal::{Terminal, TerminalInput, TerminalOutput, TerminalSize};
