@@ -202,7 +202,8 @@ impl Server {
     }
 
     pub(crate) async fn destroy(&self, id: &SandboxId) -> anyhow::Result<()> {
-        Ok(self.client.sandbox(id.clone()).destroy().await?)
+        self.client.sandbox(id.clone()).destroy().await?;
+        Ok(())
     }
 }
 

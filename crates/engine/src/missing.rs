@@ -5,7 +5,8 @@
 use async_trait::async_trait;
 use stacyvm_api::SandboxId;
 use stacyvm_sandbox::{
-    Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderError, RuntimeSandbox, SandboxSpec,
+    Capabilities, Connection, Created, Ending, HealthReport, ProgressSink, Provider, ProviderError, RuntimeSandbox,
+    SandboxSpec,
 };
 
 pub(crate) struct MissingProvider {
@@ -64,7 +65,7 @@ impl Provider for MissingProvider {
         self.unavailable()
     }
 
-    async fn wait(&self, _id: &SandboxId) -> Result<(), ProviderError> {
+    async fn wait(&self, _id: &SandboxId) -> Result<Ending, ProviderError> {
         self.unavailable()
     }
 }

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use stacyvm_api::{ExecId, LimitReport, Sandbox, SandboxId, SandboxState, Timestamp};
-use stacyvm_sandbox::{Provider, Session};
+use stacyvm_sandbox::{LimitKills, Provider, Session};
 use tokio::sync::{OnceCell, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Reservation;
-use crate::exec::{Command, Kills};
+use crate::exec::Command;
 use crate::lifecycle::{Effect, Happening, Lifecycle, Runtime};
 use crate::order::{DISK_MAX_MIB, MEMORY_MAX_MIB};
 use crate::store::{Idempotency, PortSettings, SandboxRow};
@@ -38,7 +38,7 @@ pub(crate) struct Record {
     /// Whoever makes it gives up.
     pub(crate) abort_create: CancellationToken,
     /// Times limits killed something here, as last seen.
-    kills: Mutex<Kills>,
+    kills: Mutex<LimitKills>,
     /// The last reading of processor time, for a rate.
     pub(crate) cpu_reading: Mutex<Option<(Instant, u64)>>,
     /// Expiry that the agent has confirmed, in milliseconds of Unix time.
@@ -46,6 +46,8 @@ pub(crate) struct Record {
     /// Its watch runs and its commands are known: at once for a sandbox of this
     /// process, after recovery for an older one.
     pub(crate) taken_in: AtomicBool,
+    /// It ended because its memory was used up.
+    pub(crate) ran_out_of_memory: AtomicBool,
     /// Failed attempts to free it in a row.
     pub(crate) free_failures: AtomicU32,
     /// Ports whose access somebody set.
@@ -97,6 +99,7 @@ impl Record {
             cpu_reading: Mutex::default(),
             agent_expires_at: AtomicU64::new(sandbox.expires_at.unix_ms().unsigned_abs()),
             taken_in: AtomicBool::new(false),
+            ran_out_of_memory: AtomicBool::new(false),
             free_failures: AtomicU32::new(0),
             ports: Mutex::default(),
             state: Mutex::new(State {
@@ -189,13 +192,18 @@ impl Record {
         sandbox.limits = Some(limits);
     }
 
-    pub(crate) fn kills(&self) -> Kills {
+    pub(crate) fn kills(&self) -> LimitKills {
         *self.kills.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn saw_kills(&self, seen: Kills) {
+    /// Readings may come out of order; counters only grow.
+    pub(crate) fn saw_kills(&self, seen: LimitKills) {
         let mut kills = self.kills.lock().unwrap_or_else(PoisonError::into_inner);
-        *kills = kills.or_later(seen);
+        *kills = LimitKills {
+            memory: kills.memory.max(seen.memory),
+            pids: kills.pids.max(seen.pids),
+            disk: kills.disk.max(seen.disk),
+        };
     }
 
     pub(crate) fn to_row(&self, now: Timestamp) -> SandboxRow {

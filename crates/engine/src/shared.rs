@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use stacyvm_api::{EventKind, SandboxId, Template, Timestamp};
-use stacyvm_sandbox::{Connection, EnvdSession, Provider, Session};
+use stacyvm_sandbox::{Connection, Ending, EnvdSession, Provider, Session};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -203,9 +203,15 @@ impl Shared {
                 self.apply(record, Happening::RuntimeFreed, None);
             }
             Err(error) => {
-                tracing::warn!(sandbox = %record.id, error = ?error, "a sandbox could not be destroyed; trying again");
+                // Once is enough in the log: it may go on for as long as a
+                // runtime is away, and for every sandbox on it.
+                if record.free_failures.fetch_add(1, Ordering::Relaxed) == 0 {
+                    let id = &record.id;
+                    tracing::warn!(sandbox = %id, error = ?error, "a sandbox could not be destroyed; it is tried on");
+                } else {
+                    tracing::debug!(sandbox = %record.id, error = ?error, "a sandbox still cannot be destroyed");
+                }
                 self.emit_failure(record, EventKind::OperationFailed, "destroy", &error);
-                record.free_failures.fetch_add(1, Ordering::Relaxed);
                 self.apply(record, Happening::FreeingFailed, None);
             }
         }
@@ -227,10 +233,19 @@ impl Shared {
                 ended = record.provider.wait(&record.id) => ended,
             };
             match ended {
-                Ok(()) if record.expires_at() <= self.now() => {
+                Ok(_) if record.expires_at() <= self.now() => {
                     self.apply(record, Happening::DestroyAsked, Some("it expired"));
                 }
-                Ok(()) => {
+                Ok(Ending::Removed) => {
+                    tracing::warn!(sandbox = %record.id, "a sandbox was removed behind the server's back");
+                    self.apply(record, Happening::Vanished, Some("its runtime no longer has it"));
+                }
+                Ok(Ending::OutOfMemory) => {
+                    tracing::warn!(sandbox = %record.id, "a sandbox used up its memory and ended");
+                    record.ran_out_of_memory.store(true, Ordering::Relaxed);
+                    self.apply(record, Happening::Died, Some("it used up its memory and ended"));
+                }
+                Ok(Ending::Died) => {
                     tracing::warn!(sandbox = %record.id, "a sandbox ended by itself");
                     self.apply(record, Happening::Died, Some("it ended by itself"));
                 }

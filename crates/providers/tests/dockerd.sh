@@ -16,7 +16,8 @@
 #
 # In DIRECTORY: docker.sock, port (of TCP with TLS), tls/{ca,cert,key}.pem,
 # dockerd.log. Runtimes: runc, crun, runsc (no network), runsc-net, and
-# kata-fake, gvisor-fake, crun-fake, which are not what their names say.
+# kata-fake, gvisor-fake, crun-fake, which are not what their names say, and
+# broken, which starts nothing.
 set -u
 
 dir=${1:?usage: dockerd.sh DIRECTORY}
@@ -81,11 +82,13 @@ if [ -d /sys/fs/cgroup/unified ]; then
 fi
 exec crun "$@"
 SCRIPT
-    chmod +x "$dir/crun"
+    printf '#!/bin/sh\necho "this runtime is broken" >&2\nexit 1\n' >"$dir/broken"
+    chmod +x "$dir/crun" "$dir/broken"
     cat >"$dir/daemon.json" <<JSON
 {
   "live-restore": true,
   "runtimes": {
+    "broken": {"path": "$dir/broken"},
     "crun": {"path": "$dir/crun"},
     "runsc": {"path": "$(command -v runsc)", "runtimeArgs": ["--platform=ptrace", "--network=none"]},
     "runsc-net": {"path": "$(command -v runsc)", "runtimeArgs": ["--platform=ptrace", "--network=host"]},

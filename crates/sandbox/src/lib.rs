@@ -20,8 +20,8 @@ pub use envd::EnvdSession;
 pub use error::{Cause, ProviderError, SessionError};
 pub use health::HealthReport;
 pub use provider::{
-    AgentChannel, AgentIo, Capabilities, Connection, Created, Progress, ProgressSink, Provider, ProviderDefaults,
-    ResourceUsage, RuntimeSandbox, RuntimeState, Shortfalls,
+    AgentChannel, AgentIo, Capabilities, Connection, Created, Ending, LimitKills, Progress, ProgressSink, Provider,
+    ProviderDefaults, ResourceUsage, RuntimeSandbox, RuntimeState, Shortfalls,
 };
 pub use session::{
     AttachRequest, ByteStream, DialTarget, EntryKind, Exit, FileContent, FileEntry, ListedProcess, ProcessEvent,

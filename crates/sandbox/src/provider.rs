@@ -67,12 +67,18 @@ pub trait Provider: Send + Sync + 'static {
         Ok(Vec::new())
     }
 
-    /// Resolves when the sandbox has ended by itself; at once for one that has
-    /// already, or is not known.
-    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError>;
+    /// Resolves when the sandbox has ended without our doing; at once for one
+    /// that has already, or is not known.
+    async fn wait(&self, id: &SandboxId) -> Result<Ending, ProviderError>;
 
     async fn usage(&self, _id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
         Err(self.unsupported("usage"))
+    }
+
+    /// What limits have killed, asked before every command: only where it costs
+    /// next to nothing to know. Elsewhere the last [`usage`](Self::usage) counts.
+    async fn kills(&self, _id: &SandboxId) -> Result<LimitKills, ProviderError> {
+        Err(self.unsupported("kills"))
     }
 
     async fn pause(&self, _id: &SandboxId) -> Result<(), ProviderError> {
@@ -187,6 +193,25 @@ pub enum RuntimeState {
     Dead,
 }
 
+/// How a sandbox ended that nobody asked us to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Its first process is gone; remains may be left.
+    Died,
+    /// It used up its memory, which ends all of it on this runtime.
+    OutOfMemory,
+    /// Somebody else removed it, remains and all.
+    Removed,
+}
+
+/// Times something in a sandbox was killed by a limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LimitKills {
+    pub memory: u64,
+    pub pids: u64,
+    pub disk: u64,
+}
+
 /// A reading of a sandbox's resources. Zero limits mean unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ResourceUsage {
@@ -209,6 +234,12 @@ pub struct ResourceUsage {
     /// `None` where nobody counts, as in a plain directory.
     pub disk_bytes: Option<u64>,
     pub disk_limit_bytes: u64,
+}
+
+impl ResourceUsage {
+    pub fn kills(&self) -> LimitKills {
+        LimitKills { memory: self.oom_kills, pids: self.pids_kills, disk: self.disk_kills }
+    }
 }
 
 /// How the engine talks to what is inside.

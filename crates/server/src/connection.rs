@@ -53,8 +53,8 @@ impl Site {
         if self.surface == Surface::PreviewPaths {
             return preview::by_path(&self.app, arrival, request).await;
         }
-        if let Some((host, address)) = self.app.previews.named(&request) {
-            return preview::by_host(&self.app, host, address, arrival, request).await;
+        if let Some(named) = self.app.previews.named(&request) {
+            return preview::by_host(&self.app, named, arrival, request).await;
         }
         request.extensions_mut().insert(Peer(arrival.peer));
         Service::call(&mut self.router, request).await.unwrap_or_else(|never| match never {})

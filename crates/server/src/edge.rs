@@ -17,6 +17,7 @@ use tracing::Instrument as _;
 
 use crate::auth::Authenticator;
 use crate::error::{ApiError, REQUEST_ID};
+use crate::extract::Reached;
 use crate::guard::{self, CorsGrant};
 use crate::table::{BASE, NO_STORE};
 use crate::unread::BodyRead;
@@ -72,7 +73,7 @@ impl RequestId {
 }
 
 /// The guards, then the routes. A panic becomes an error of this request only.
-async fn pass(app: &App, request: Request, next: Next) -> (Response, CorsGrant) {
+async fn pass(app: &App, mut request: Request, next: Next) -> (Response, CorsGrant) {
     let host = authority(&request);
     if let Err(refused) = app.guard.check_host(host.as_ref()) {
         return (refuse(app, &request, refused), CorsGrant::None);
@@ -87,6 +88,7 @@ async fn pass(app: &App, request: Request, next: Next) -> (Response, CorsGrant) 
             Err(refused) => return (refuse(app, &request, refused), CorsGrant::None),
         }
     }
+    request.extensions_mut().insert(Reached(host));
     let response = AssertUnwindSafe(next.run(request)).catch_unwind().await.unwrap_or_else(|panic| {
         tracing::error!(panic = panic_text(panic.as_ref()), "a request handler panicked");
         ApiError::for_status(StatusCode::INTERNAL_SERVER_ERROR).into_response()

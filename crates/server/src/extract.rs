@@ -7,6 +7,7 @@ use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use bytes::{Bytes, BytesMut};
 use http::request::Parts;
+use http::uri::Authority;
 use http::{HeaderMap, header};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
@@ -40,6 +41,10 @@ pub(crate) struct Query<T>(pub(crate) T);
 
 /// The sandbox named in the path.
 pub(crate) struct Sandbox(pub(crate) SandboxId);
+
+/// The host at which this server was reached.
+#[derive(Clone, Default)]
+pub(crate) struct Reached(pub(crate) Option<Authority>);
 
 /// The port named in the path, of its sandbox.
 pub(crate) struct SandboxPort(pub(crate) Address);
@@ -104,6 +109,14 @@ impl FromRequestParts<App> for Who {
     async fn from_request_parts(parts: &mut Parts, _app: &App) -> Result<Self, ApiError> {
         // Like the caller, from the route table.
         Ok(Self(parts.extensions.get::<Identity>().cloned().unwrap_or(Identity::NOBODY)))
+    }
+}
+
+impl FromRequestParts<App> for Reached {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _app: &App) -> Result<Self, ApiError> {
+        Ok(parts.extensions.get().cloned().unwrap_or_default())
     }
 }
 

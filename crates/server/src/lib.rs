@@ -53,6 +53,7 @@ pub use options::{
     RateLimitOptions, Secret, ServerOptions,
 };
 use preview::Scheme;
+pub use preview::check_options as check_preview_options;
 pub use server::Server;
 pub use table::{BASE, BodyRule, RouteInfo};
 pub use tls::{TlsError, TlsFiles, TlsOptions};
@@ -86,13 +87,29 @@ pub enum ServerError {
     CorsOrigin(String),
     #[error("server.allowed_hosts: `{0}` is not a host; write for example api.example.com or *.example.com")]
     AllowedHost(String),
-    #[error("server.preview_domain: `{0}` is not a domain; write for example localhost or preview.example.com")]
+    #[error(
+        "server.preview_domain: `{0}` is not a domain; write for example localhost or preview.example.com, or leave it \
+         empty and set server.preview_port, where paths name previews"
+    )]
     PreviewDomain(String),
+    #[error(
+        "server.preview_domain: names below `{0}` are those of strangers (it is a public suffix); write a domain of \
+         your own, such as example-preview.com"
+    )]
+    PreviewDomainOfAll(String),
     #[error(
         "server.preview_url: `{0}` is not an address of server.preview_domain; write for example \
          https://preview.example.com"
     )]
     PreviewUrl(String),
+    #[error(
+        "server.preview_url: `{0}` says how browsers see server.preview_domain, which is empty; set both, or neither"
+    )]
+    PreviewUrlAlone(String),
+    #[error(
+        "server.preview_port: {0} is server.port too; write another, because paths there name nothing but previews"
+    )]
+    PreviewPort(u16),
     #[error("server.tls_cert_file and server.tls_key_file")]
     Tls(#[from] TlsError),
     #[error(transparent)]
@@ -153,6 +170,8 @@ pub(crate) struct Shared {
 struct Listener {
     scheme: Scheme,
     port: u16,
+    /// Where paths name previews.
+    preview_port: Option<u16>,
     beyond_loopback: bool,
 }
 
@@ -167,7 +186,7 @@ impl App {
             auth: auth::Authenticator::new(&options, engine.keys().clone()),
             gate: gate::Gate::new(&options)?,
             guard: guard::Guard::new(&options, listener.beyond_loopback)?,
-            previews: preview::Previews::new(&options, &engine, (listener.scheme, listener.port))?,
+            previews: preview::Previews::new(&options, &engine, listener)?,
             started: Instant::now(),
             closing: CancellationToken::new(),
             sockets: TaskTracker::new(),

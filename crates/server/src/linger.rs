@@ -34,6 +34,13 @@ impl Lingering {
         Self { stream: Some(stream), tasks, cut }
     }
 
+    /// The first byte that the client sends, which stays to be read.
+    pub(crate) async fn first_byte(&self) -> Option<u8> {
+        let mut byte = [0];
+        let count = self.stream.as_ref()?.peek(&mut byte).await.ok()?;
+        (count > 0).then_some(byte[0])
+    }
+
     fn inner(&mut self) -> io::Result<Pin<&mut TcpStream>> {
         self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stacyvm_engine::Engine;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -16,8 +17,8 @@ use tokio_util::task::TaskTracker;
 use crate::connection::{self, Site, Surface};
 use crate::linger::Lingering;
 use crate::preview::{Arrival, Domain, Scheme};
-use crate::tls::{HANDSHAKE_TIME, Tls, is_challenge};
-use crate::{App, Listener, ServerError, ServerOptions};
+use crate::tls::{HANDSHAKE_TIME, Tls, https_only, is_challenge, is_plain_http};
+use crate::{App, Listener, ServerError, ServerOptions, check_preview_options};
 
 /// Open connections at most; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 16_384;
@@ -40,6 +41,7 @@ impl Server {
     /// Takes the address. Beyond loopback, and for pages of any origin, a key
     /// is demanded.
     pub async fn bind(options: ServerOptions, engine: Engine) -> Result<Self, ServerError> {
+        check_preview_options(&options.preview, options.port)?;
         let targets = resolve(&options.host, options.port).await?;
         let beyond_loopback = targets.iter().find(|address| !address.ip().to_canonical().is_loopback());
         let main = listen(&targets).await?;
@@ -50,8 +52,12 @@ impl Server {
         let previews = options.preview.domain.as_deref().and_then(Domain::parse);
         let tls = options.tls.as_ref().map(|tls| Tls::open(tls, previews.as_ref())).transpose()?;
         let acme = tls.as_ref().and_then(Tls::acme).cloned();
-        let port = addresses(&main).first().map_or(options.port, SocketAddr::port);
-        let listener = Listener { scheme: scheme(tls.as_ref()), port, beyond_loopback: beyond_loopback.is_some() };
+        let listener = Listener {
+            scheme: scheme(tls.as_ref()),
+            port: addresses(&main).first().map_or(options.port, SocketAddr::port),
+            preview_port: addresses(&preview_paths).first().map(SocketAddr::port),
+            beyond_loopback: beyond_loopback.is_some(),
+        };
         let app = App::new(options, engine, listener, acme)?;
         app.auth.check()?;
         if let (Some(address), true) = (beyond_loopback, app.auth.is_open()) {
@@ -175,6 +181,12 @@ impl Acceptor {
         let (site, tls, cut) = (Arc::clone(&self.site), self.tls.clone(), self.cut.clone());
         async move {
             let Some(tls) = tls else { return connection::serve(stream, site, arrival, cut).await };
+            let Ok(Some(first)) = tokio::time::timeout(HANDSHAKE_TIME, stream.first_byte()).await else {
+                return tracing::debug!("a client ended, or said nothing, before a TLS handshake");
+            };
+            if is_plain_http(first) {
+                return refuse_plain_http(stream).await;
+            }
             match tokio::time::timeout(HANDSHAKE_TIME, tls.accept(stream)).await {
                 Ok(Ok(stream)) if is_challenge(stream.get_ref().1) => {}
                 Ok(Ok(stream)) => connection::serve(stream, site, arrival, cut).await,
@@ -183,6 +195,12 @@ impl Acceptor {
             }
         }
     }
+}
+
+/// Says to whoever speaks plain HTTP to a port that speaks TLS what is wrong.
+async fn refuse_plain_http(mut stream: Lingering) {
+    let sent = tokio::time::timeout(HANDSHAKE_TIME, stream.write_all(&https_only())).await;
+    tracing::debug!(?sent, "a client spoke plain HTTP to a port that speaks TLS");
 }
 
 fn scheme<T>(tls: Option<&T>) -> Scheme {

@@ -21,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ServerError;
 use crate::acme::{Acme, AcmeOptions, CHALLENGE_PROTOCOL};
+use crate::edge::random_uuid;
+use crate::error::ApiError;
 use crate::preview::Domain;
 
 /// A client that does not finish the handshake by then is sent away.
@@ -106,6 +108,23 @@ impl Tls {
             }
         }
     }
+}
+
+/// Whether a client speaks plain HTTP, by the first byte that it sends: methods
+/// are letters, and the first record of TLS begins with 22 (RFC 8446 5.1).
+pub(crate) fn is_plain_http(first_byte: u8) -> bool {
+    first_byte.is_ascii_uppercase()
+}
+
+/// The answer to one that does.
+pub(crate) fn https_only() -> Vec<u8> {
+    let refusal = ApiError::bad_request("this server speaks https").hint("write https:// where you wrote http://");
+    let body = refusal.body(&random_uuid());
+    let head = format!(
+        "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    [head.into_bytes(), body].concat()
 }
 
 /// Whether a handshake was only a CA's look at a challenge: nothing follows.

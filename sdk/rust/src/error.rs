@@ -17,6 +17,9 @@ pub enum ClientError {
     /// No connection could be made.
     #[error("no server answers at {server}")]
     Connect { server: String, source: reqwest::Error },
+    /// Something answers, but no secure connection comes about.
+    #[error("no secure connection to {server}: {}", problem.0)]
+    Tls { server: String, problem: TlsProblem },
     /// The connection broke while a request or an answer was on its way.
     #[error("the connection to {server} broke")]
     Transport { server: String, source: Box<dyn std::error::Error + Send + Sync> },
@@ -35,6 +38,7 @@ impl ClientError {
             Self::Api(error) => error.code,
             Self::InvalidArgument { .. }
             | Self::Connect { .. }
+            | Self::Tls { .. }
             | Self::Transport { .. }
             | Self::Protocol(_)
             | Self::Upload(_) => None,
@@ -46,7 +50,50 @@ impl ClientError {
         match self {
             Self::Api(error) => error.hint.as_deref(),
             Self::Connect { .. } => Some("start one with `stacyvm serve`, or name another with --server"),
+            Self::Tls { problem, .. } => Some(problem.hint()),
             Self::InvalidArgument { .. } | Self::Transport { .. } | Self::Protocol(_) | Self::Upload(_) => None,
+        }
+    }
+}
+
+/// Why there is no secure connection.
+#[derive(Debug)]
+pub struct TlsProblem(rustls::Error);
+
+impl TlsProblem {
+    /// The reason that TLS gave, somewhere behind a failed request.
+    pub(crate) fn behind(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            // An I/O error shows what is behind the error that it holds, and not
+            // that one.
+            let held = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+            let found = error.downcast_ref().or_else(|| held.and_then(|held| held.downcast_ref()));
+            if let Some(found) = found {
+                return Some(Self(rustls::Error::clone(found)));
+            }
+            next = held.map(|held| held as _).or_else(|| error.source());
+        }
+        None
+    }
+
+    fn hint(&self) -> &'static str {
+        use rustls::CertificateError::{
+            Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
+        };
+        match &self.0 {
+            rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. }) => {
+                "name the server in --server by a name that its certificate has"
+            }
+            rustls::Error::InvalidCertificate(
+                Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. },
+            ) => "renew the server's certificate, and look at the clocks of both machines",
+            rustls::Error::InvalidCertificate(_) => {
+                "its certificate is not trusted here: name the PEM file of its CA, or the certificate itself where it \
+                 is self-signed, in SSL_CERT_FILE, or add it to this machine's (update-ca-certificates)"
+            }
+            rustls::Error::InvalidMessage(_) => "if that server speaks plain HTTP, write http:// in --server",
+            _ => "the server's log may say more; `openssl s_client -connect HOST:PORT` shows what it offers",
         }
     }
 }

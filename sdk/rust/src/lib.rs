@@ -38,11 +38,11 @@ mod system;
 mod template;
 mod terminal;
 
-pub use client::{Client, ClientOptions};
-pub use error::{ApiError, ClientError};
+pub use client::{Certificates, Client, ClientOptions};
+pub use error::{ApiError, ClientError, TlsProblem};
 pub use event::{EventStream, EventsOptions};
 pub use exec::{Channel, ExecEvent, ExecStream, Exit};
 pub use file::{Download, UploadOptions, WatchOptions, WatchStream};
 pub use port::{Forwarded, PreviewAnswer};
-pub use sandbox::{Page, SandboxClient};
+pub use sandbox::{Destroyed, Page, SandboxClient};
 pub use terminal::{Terminal, TerminalInput, TerminalOutput, TerminalSize};

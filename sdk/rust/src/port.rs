@@ -11,7 +11,7 @@ use reqwest::{Method, StatusCode, Url};
 use stacyvm_api::{Duration, Port, PortAccess, PortLink, PortLinkRequest, PortRequest};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::client::CONNECT_TIMEOUT;
+use crate::client::{CONNECT_TIMEOUT, is_loopback};
 use crate::{ClientError, SandboxClient};
 
 /// Carries a link's token for programs.
@@ -66,14 +66,18 @@ impl SandboxClient {
         let invalid = |why: String| ClientError::InvalidArgument { what: "preview", why };
         let described = self.port(port).await?;
         let Some(address) = described.url else {
-            return Err(invalid("this server has no previews: server.preview_domain is not set".to_owned()));
+            let why = "this server has no previews: neither server.preview_domain nor server.preview_port is set";
+            return Err(invalid(why.to_owned()));
         };
         let mut url = Url::parse(&address).map_err(|error| ClientError::Protocol(format!("{address}: {error}")))?;
-        url.set_path(path);
+        // Where paths name ports, the page's own begins behind that.
+        url.set_path(&format!("{}{path}", url.path().trim_end_matches('/')));
         let mut builder =
             reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).redirect(reqwest::redirect::Policy::none());
         let host = url.host_str().unwrap_or_default().to_owned();
-        if host.ends_with(".localhost") {
+        if is_loopback(&url) {
+            builder = builder.no_proxy();
+        } else if host.ends_with(".localhost") {
             builder = builder.no_proxy().resolve_to_addrs(&host, &self.server_addresses(&url).await?);
         }
         let http = builder.build().map_err(|error| invalid(error.to_string()))?;

@@ -1,6 +1,6 @@
 //! Sandboxes: create, list, look at, extend, destroy.
 
-use reqwest::Method;
+use reqwest::{Method, StatusCode};
 use stacyvm_api::{
     AdmissionDecision, CreateRequest, Duration, ExtendRequest, ListQuery, PruneResult, Sandbox, SandboxId, SandboxStats,
 };
@@ -17,6 +17,16 @@ pub struct Page<T> {
     pub items: Vec<T>,
     /// Pass it as the query's `cursor` for the next page.
     pub next_cursor: Option<String>,
+}
+
+/// How a destroy ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Destroyed {
+    /// It is gone, or never existed.
+    Done,
+    /// Its runtime did not end it, as while it is away. It stays `destroying`, and
+    /// the server goes on trying.
+    Retrying,
 }
 
 /// One sandbox on the server, known to exist or not.
@@ -80,8 +90,10 @@ impl SandboxClient {
     }
 
     /// Ends the sandbox and frees all it used. Unknown ids succeed.
-    pub async fn destroy(&self) -> Result<(), ClientError> {
-        self.client.delete(&["sandboxes", self.id.as_str()]).await
+    pub async fn destroy(&self) -> Result<Destroyed, ClientError> {
+        let request = self.client.request(Method::DELETE, &["sandboxes", self.id.as_str()])?;
+        let response = self.client.send(request).await?;
+        Ok(if response.status() == StatusCode::ACCEPTED { Destroyed::Retrying } else { Destroyed::Done })
     }
 
     /// The sandbox then lives `ttl` from now.

@@ -61,7 +61,7 @@ async fn open(sandbox: &SandboxClient, page: &str) -> Looked {
     sandbox.write_file(&WriteRequest { path, content: page.to_owned(), ..WriteRequest::default() }).await?;
     sandbox.exec_background(&shell(SERVE)).await?;
     let Some(url) = sandbox.port(PORT).await?.url else {
-        return Ok(Seen::fail("this server has no previews", "set server.preview_domain"));
+        return Ok(Seen::fail("this server has no previews", "set server.preview_domain or server.preview_port"));
     };
     let end = tokio::time::Instant::now() + LISTEN_LIMIT;
     loop {

@@ -6,11 +6,14 @@ use futures_util::stream;
 use serde::Serialize;
 use serde_json::json;
 use stacyvm_api::{ErrorCode, ListQuery, SandboxId};
-use stacyvm_client::{Client, ClientError};
+use stacyvm_client::{Client, ClientError, Destroyed};
 
 use crate::commands::Context;
 use crate::failure::{self, Advice};
 use crate::output::{json_line, lines, print};
+
+/// What is said of a sandbox that its runtime did not end.
+const NOT_YET: &str = "still there, in the state destroying: its runtime did not end it";
 
 /// Sandboxes destroyed at once.
 const AT_ONCE: usize = 16;
@@ -78,14 +81,16 @@ pub(crate) async fn run(context: &Context, args: KillArgs) -> anyhow::Result<()>
     }
     let (mut destroyed, mut failed, mut last) = (Vec::new(), Vec::new(), None);
     for (id, result) in destroy(&client, ids, missing).await {
-        match result {
-            Ok(()) => destroyed.push(id),
-            Err(error) => {
-                let (code, message) = (failure::client_code(&error).to_owned(), told(&error));
-                failed.push(Failed { id, code, message });
-                last = Some(error);
+        let (code, message, error) = match result {
+            Ok(Destroyed::Done) => {
+                destroyed.push(id);
+                continue;
             }
-        }
+            Ok(Destroyed::Retrying) => (ErrorCode::Unavailable.to_string(), NOT_YET.to_owned(), not_yet_destroyed(&id)),
+            Err(error) => (failure::client_code(&error).to_owned(), told(&error), explained(error, &id)),
+        };
+        failed.push(Failed { id, code, message });
+        last = Some(error);
     }
     if context.output.is_json() {
         json_line(&json!({ "destroyed": destroyed, "failed": failed }))?;
@@ -94,22 +99,26 @@ pub(crate) async fn run(context: &Context, args: KillArgs) -> anyhow::Result<()>
     }
     let Some(error) = last else { return Ok(()) };
     // One failure is the whole story; of several the list comes first.
-    if let ([failed], true) = (&failed[..], destroyed.is_empty()) {
-        return Err(explained(error, &failed.id));
+    if failed.len() == 1 && destroyed.is_empty() {
+        return Err(error);
     }
     for Failed { id, message, .. } in &failed {
         context.output.note(&format!("error: {id}: {message}"));
     }
-    Err(explained(error, &failed[failed.len() - 1].id).context("not every sandbox was destroyed"))
+    Err(error.context("not every sandbox was destroyed"))
 }
 
-async fn destroy(client: &Client, ids: Vec<SandboxId>, missing: Missing) -> Vec<(SandboxId, Result<(), ClientError>)> {
+async fn destroy(
+    client: &Client,
+    ids: Vec<SandboxId>,
+    missing: Missing,
+) -> Vec<(SandboxId, Result<Destroyed, ClientError>)> {
     let one = |id: SandboxId| async move { (id.clone(), destroy_one(client, id, missing).await) };
     stream::iter(ids.into_iter().map(one)).buffered(AT_ONCE).collect().await
 }
 
 /// To the API, destroying what is not there is a success: it is asked first.
-async fn destroy_one(client: &Client, id: SandboxId, missing: Missing) -> Result<(), ClientError> {
+async fn destroy_one(client: &Client, id: SandboxId, missing: Missing) -> Result<Destroyed, ClientError> {
     let sandbox = client.sandbox(id);
     if missing == Missing::Fails {
         sandbox.get().await?;
@@ -123,6 +132,12 @@ fn is_missing(error: &ClientError) -> bool {
 
 fn told(error: &ClientError) -> String {
     if is_missing(error) { "no such sandbox".to_owned() } else { error.to_string() }
+}
+
+/// The server took the order and cannot carry it out for now.
+pub(crate) fn not_yet_destroyed(id: &SandboxId) -> anyhow::Error {
+    let hint = "the server goes on trying, and `stacyvm providers` says what its runtime lacks";
+    Advice::new(format!("the sandbox {id} is {NOT_YET}"), hint).of(ErrorCode::Unavailable).into()
 }
 
 fn explained(error: ClientError, id: &SandboxId) -> anyhow::Error {

@@ -47,7 +47,7 @@ mod docs;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use stacyvm_client::{Client, ClientOptions};
+use stacyvm_client::{Certificates, Client, ClientOptions};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -158,6 +158,20 @@ impl Context {
     pub(crate) fn client(&self) -> anyhow::Result<Client> {
         let server = self.server.as_deref().unwrap_or(DEFAULT_SERVER);
         let options = ClientOptions { api_key: self.api_key.clone(), ..ClientOptions::new(server) };
+        Ok(Client::new(&options)?)
+    }
+
+    /// A client of the server that somebody named, else of one on this machine
+    /// that is known by other means than its certificate.
+    pub(crate) fn client_or(&self, server: &str) -> anyhow::Result<Client> {
+        if self.server.is_some() {
+            return self.client();
+        }
+        let options = ClientOptions {
+            api_key: self.api_key.clone(),
+            certificates: Certificates::Any,
+            ..ClientOptions::new(server)
+        };
         Ok(Client::new(&options)?)
     }
 }

@@ -1,6 +1,5 @@
 //! `stacyvm preview`: the address of what listens inside, and who may open it.
 
-use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use stacyvm_api::{Duration, PortAccess, SandboxId, Timestamp};
@@ -40,6 +39,15 @@ enum Access {
     Token,
 }
 
+impl From<Access> for PortAccess {
+    fn from(access: Access) -> Self {
+        match access {
+            Access::Public => Self::Public,
+            Access::Token => Self::Token,
+        }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Address {
     url: String,
@@ -54,24 +62,24 @@ const AGENT_PORT: u16 = 49983;
 
 pub(crate) async fn run(context: &Context, args: PreviewArgs) -> anyhow::Result<()> {
     let sandbox = context.client()?.sandbox(args.id);
-    let port = match args.access {
-        None => sandbox.port(args.port).await?,
-        Some(Access::Public) => sandbox.set_port_access(args.port, PortAccess::Public).await?,
-        Some(Access::Token) => sandbox.set_port_access(args.port, PortAccess::Token).await?,
-    };
-    let address = match (port.access, args.ttl) {
+    let port = sandbox.port(args.port).await?;
+    let wanted = args.access.map(PortAccess::from);
+    let access = wanted.unwrap_or(port.access);
+    let url = port.url.ok_or_else(|| no_address(args.port))?;
+    let address = match (access, args.ttl) {
         (PortAccess::Public, Some(_)) => {
             return Err(Advice::new("this port is public; its address has no end", "leave out --ttl").into());
         }
-        (PortAccess::Public, None) => {
-            let url = port.url.with_context(|| no_address(args.port))?;
-            Address { url, access: port.access, listening: port.listening, expires_at: None }
-        }
+        (PortAccess::Public, None) => Address { url, access, listening: port.listening, expires_at: None },
         (PortAccess::Token, ttl) => {
             let link = sandbox.port_link(args.port, ttl).await?;
-            Address { url: link.url, access: port.access, listening: port.listening, expires_at: Some(link.expires_at) }
+            Address { url: link.url, access, listening: port.listening, expires_at: Some(link.expires_at) }
         }
     };
+    // Last, so that whoever is told of a failure need not undo anything.
+    if let Some(wanted) = wanted {
+        sandbox.set_port_access(args.port, wanted).await?;
+    }
     if context.output.is_json() {
         return context.output.show(&address, |_| String::new());
     }
@@ -83,9 +91,14 @@ pub(crate) async fn run(context: &Context, args: PreviewArgs) -> anyhow::Result<
 }
 
 /// Why a port has no address.
-fn no_address(port: u16) -> String {
+fn no_address(port: u16) -> Advice {
     match port {
-        AGENT_PORT => format!("port {AGENT_PORT} is the agent's, which has no preview; take another port"),
-        _ => "this server has no previews: server.preview_domain is not set".to_owned(),
+        AGENT_PORT => {
+            Advice::new(format!("port {AGENT_PORT} is the agent's, which has no preview"), "take another port")
+        }
+        _ => Advice::new(
+            "this server has no previews",
+            "its operator can set server.preview_domain, for example to localhost, or server.preview_port",
+        ),
     }
 }

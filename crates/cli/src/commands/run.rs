@@ -7,12 +7,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use stacyvm_api::{CreateRequest, ExecRequest, Sandbox};
-use stacyvm_client::{Client, SandboxClient};
+use stacyvm_client::{Client, Destroyed, SandboxClient};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::commands::create::SandboxArgs;
 use crate::commands::exec::{CommandArgs, execute};
+use crate::commands::kill::not_yet_destroyed;
 use crate::commands::{Context, shell, stop_when_told};
 use crate::failure::NotRun;
 use crate::output::Output;
@@ -93,5 +94,8 @@ async fn in_sandbox(
 
 async fn destroy(sandbox: &SandboxClient) -> anyhow::Result<()> {
     let failed = || format!("the sandbox {} may still be there; destroy it with `stacyvm kill`", sandbox.id());
-    tokio::time::timeout(DESTROY_LIMIT, sandbox.destroy()).await.with_context(failed)?.with_context(failed)
+    match tokio::time::timeout(DESTROY_LIMIT, sandbox.destroy()).await.with_context(failed)?.with_context(failed)? {
+        Destroyed::Done => Ok(()),
+        Destroyed::Retrying => Err(not_yet_destroyed(sandbox.id())),
+    }
 }

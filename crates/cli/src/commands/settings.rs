@@ -73,6 +73,12 @@ impl PlaceArgs {
         config::load_with(self.config.as_deref(), environment, given.as_slice())
     }
 
+    /// [`Self::load`] for those who judge what they find.
+    pub(crate) fn examine(&self, environment: &Environment) -> Result<Loaded, ConfigError> {
+        let given = self.data_dir.as_deref().map(given_data_dir);
+        config::examine(self.config.as_deref(), environment, given.as_slice())
+    }
+
     /// The data directory that a server with these settings has. It need not
     /// exist.
     pub(crate) fn data_dir(loaded: &Loaded, environment: &Environment) -> anyhow::Result<PathBuf> {

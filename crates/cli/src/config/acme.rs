@@ -77,10 +77,7 @@ pub(super) fn check(config: &Config, environment: &Environment, problems: &mut V
         wrong("eab_hmac_key", "is not base64".to_owned(), "copy it as the CA shows it");
     }
     if let Err(error) = check_acme_options(&options, Some(&config.server.preview_domain)) {
-        // Its messages begin with the key that they are about.
-        let message = error.to_string();
-        let (key, message) = message.split_once(": ").unwrap_or(("server.acme", &message));
-        problems.push(Problem::new(key, message));
+        problems.push(Problem::of(&error));
     }
 }
 

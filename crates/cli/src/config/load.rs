@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use stacyvm_server::check_preview_options;
+
 use crate::config::acme;
 use crate::config::problem::{ConfigError, Problem};
 use crate::config::reserved::{Absence, RESERVED, Reserved};
@@ -73,6 +75,9 @@ pub(crate) struct Loaded {
     pub(crate) file: Option<PathBuf>,
     /// What is not wrong but probably not meant.
     pub(crate) warnings: Vec<Problem>,
+    /// What no server starts with, although all of it could be read. Whoever
+    /// acts on a configuration gets none of them ([`load`]).
+    pub(crate) faults: Vec<Problem>,
 }
 
 /// A setting given on the command line.
@@ -96,6 +101,17 @@ pub(crate) fn load_with(
     environment: &Environment,
     given: &[Given],
 ) -> Result<Loaded, ConfigError> {
+    let loaded = examine(explicit, environment, given)?;
+    if loaded.faults.is_empty() { Ok(loaded) } else { Err(ConfigError::Invalid(loaded.faults)) }
+}
+
+/// [`load_with`] for those who judge a configuration: one that could be read,
+/// with what is wrong with it.
+pub(crate) fn examine(
+    explicit: Option<&Path>,
+    environment: &Environment,
+    given: &[Given],
+) -> Result<Loaded, ConfigError> {
     let mut problems = Vec::new();
     let file = find_file(explicit, environment);
     let settings = match &file {
@@ -112,13 +128,15 @@ pub(crate) fn load_with(
     let mut warnings = reader.reserved();
     warnings.extend(unknown_variables(environment));
     let Reader { mut problems, .. } = reader;
-    resolve_key_files(&mut config, &mut settings, &mut problems);
-    check(&config, &mut problems);
-    acme::check(&config, environment, &mut problems);
+    let mut faults = Vec::new();
+    resolve_key_files(&mut config, &mut settings, &mut faults);
+    check(&config, &mut faults);
+    acme::check(&config, environment, &mut faults);
     if !problems.is_empty() {
+        problems.append(&mut faults);
         return Err(ConfigError::Invalid(problems));
     }
-    Ok(Loaded { config, settings, unused, file, warnings })
+    Ok(Loaded { config, settings, unused, file, warnings, faults })
 }
 
 /// Hands out settings one by one and keeps what is wrong with them.
@@ -419,6 +437,9 @@ fn check_custom(config: &Config, problems: &mut Vec<Problem>) {
 }
 
 fn check_server(server: &Server, problems: &mut Vec<Problem>) {
+    if let Err(error) = check_preview_options(&site::preview_options(server), server.port) {
+        problems.push(Problem::of(&error));
+    }
     if server.tls_cert_file.is_some() != server.tls_key_file.is_some() {
         problems.push(
             Problem::new("server.tls_cert_file", "a certificate and its key go together")
@@ -642,6 +663,20 @@ mod tests {
         assert!(error.unwrap_err().contains("one site (example.com) with `api.example.com`"));
         let other = "server: {preview_domain: example-preview.com, allowed_hosts: [api.example.com]}\n";
         assert!(load_text(other, &[]).is_ok());
+        for (server, expected) in [
+            ("preview_domain: 10.0.0.1", "server.preview_domain: `10.0.0.1` is not a domain"),
+            ("preview_domain: co.uk", "server.preview_domain: names below `co.uk` are those of strangers"),
+            ("preview_domain: 'http://a'", "server.preview_domain: `http://a` is not a domain"),
+            ("preview_url: 'https://other.example'", "server.preview_url: `https://other.example` is not an address"),
+            ("preview_domain: '', preview_url: 'https://a.example'", "server.preview_url: `https://a.example` says"),
+            ("port: 8000, preview_port: 8000", "server.preview_port: 8000 is server.port too"),
+        ] {
+            let error = load_text(&format!("server: {{{server}}}\n"), &[]).unwrap_err();
+            assert!(error.starts_with(expected), "{server}: {error}");
+        }
+        for well in ["preview_domain: '', preview_port: 8000", "port: 0, preview_port: 0"] {
+            assert!(load_text(&format!("server: {{{well}}}\n"), &[]).is_ok(), "{well}");
+        }
         assert!(load_text("server: {tls_cert_file: a.pem}\n", &[]).unwrap_err().contains("go together"));
     }
 

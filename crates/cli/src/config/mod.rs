@@ -25,7 +25,7 @@ mod docs;
 pub(crate) use acme::options as acme_options;
 pub(crate) use json_schema::json_schema;
 pub(crate) use lint::lint;
-pub(crate) use load::{Environment, Given, Loaded, load, load_with};
+pub(crate) use load::{Environment, Given, Loaded, examine, load, load_with};
 pub(crate) use problem::ConfigError;
 pub(crate) use schema::{
     Config, DatabaseDriver, Docker, LogFormat, Logging, OverflowMode, PreviewMode, RateLimit, RateLimitBy,
@@ -34,4 +34,5 @@ pub(crate) use schema::{
 pub(crate) use schema::{default_of, meaning_of, shape_of};
 pub(crate) use setting::{Secret, Setting, Shape};
 pub(crate) use settings::{Content, Settings, Source, Value};
+pub(crate) use site::preview_options;
 pub(crate) use small_file::{MAX_KEY_FILE_BYTES, read_small_file};

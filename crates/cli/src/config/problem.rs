@@ -26,6 +26,16 @@ impl Problem {
         Self { place: place.into(), message: message.into(), hint: None }
     }
 
+    /// What a crate that acts on settings says, which begins with the key that it
+    /// is about.
+    pub(crate) fn of(error: &dyn std::error::Error) -> Self {
+        let text = error.to_string();
+        match text.split_once(": ") {
+            Some((key, message)) => Self::new(key, message),
+            None => Self::new("config", text),
+        }
+    }
+
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self

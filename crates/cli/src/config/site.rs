@@ -1,4 +1,4 @@
-//! Which site a host is of, as browsers see it.
+//! Where previews are, and which site a host is of, as browsers see it.
 //!
 //! Hosts below one registrable domain share what is the site's: cookies that
 //! any of them sets for all, and requests that count as the site's own. What
@@ -7,11 +7,25 @@
 
 use std::net::IpAddr;
 
+use stacyvm_server::PreviewOptions;
+
+use crate::config::schema::Server;
+
 /// A host that is of one site with previews.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Shared {
     pub(crate) host: String,
     pub(crate) site: String,
+}
+
+/// Where previews are, in the terms of the crate that shows them.
+pub(crate) fn preview_options(server: &Server) -> PreviewOptions {
+    let set = |text: &str| Some(text.trim()).filter(|text| !text.is_empty()).map(str::to_owned);
+    PreviewOptions {
+        domain: set(&server.preview_domain),
+        url: set(&server.preview_url),
+        path_port: server.preview_port,
+    }
 }
 
 /// The first of `hosts` that is of one site with previews below `domain`. Hosts

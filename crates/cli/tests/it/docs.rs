@@ -22,7 +22,7 @@ const DOCUMENTED_SERVER: &str = "127.0.0.1:7423";
 const DOCUMENTED_IMAGE: &str = "python:3.12";
 
 /// Lines that are tested elsewhere, by their beginning.
-const ELSEWHERE: [(&str, &str); 8] = [
+const ELSEWHERE: [(&str, &str); 11] = [
     ("make ", "builds the release program; `.ci/run` and serve.rs"),
     ("install target/", "installs it"),
     ("stacyvm serve", "needs a terminal of its own; serve.rs"),
@@ -31,6 +31,9 @@ const ELSEWHERE: [(&str, &str); 8] = [
     ("stacyvm events", "follows until Ctrl-C; commands/sandboxes.rs"),
     ("export STACYVM_URL=http://vm.example.com", "a machine that does not exist"),
     ("stacyvm certify oci", "takes minutes; operator_certify.rs"),
+    ("sudo apt-get install proot", "scripts/setup.sh installs it"),
+    ("sudo stacyvm rootfs build", "takes minutes; operator_container.rs"),
+    ("sudo STACYVM_PROVIDERS_DEFAULT=proot stacyvm serve", "the server of the block before"),
 ];
 
 /// The section of the first page that needs a server of its own.
@@ -94,6 +97,7 @@ async fn run_script(site: &Site, url: &str, script: &str) -> Ran {
     symlink(env!("CARGO_BIN_EXE_stacyvm"), path("bin/stacyvm")).expect("a link");
     symlink(in_repository("deploy").canonicalize().expect("there"), path("deploy")).expect("a link");
     symlink(in_repository("scripts").canonicalize().expect("there"), path("scripts")).expect("a link");
+    symlink(in_repository("examples").canonicalize().expect("there"), path("examples")).expect("a link");
     for (name, text) in [("bin/docker", DOCKER), ("bin/systemctl", SYSTEMCTL)] {
         fs::write(path(name), text).expect("written");
         fs::set_permissions(path(name), fs::Permissions::from_mode(0o755)).expect("its mode");
@@ -253,6 +257,63 @@ async fn backup_and_restore_by_the_page_for_operators_work() {
     assert!(ran.stdout().contains("systemctl stop stacyvm\n") && ran.stdout().contains("restored"), "{ran}");
 }
 
+/// What a page has run in a terminal of its own: begun by [`started`], ended
+/// with the script.
+const TERMINALS: &str = "trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n\
+    answers() { timeout 60 bash -c \"until (: </dev/tcp/127.0.0.1/$1) 2>/dev/null; do sleep 0.05; done\"; }\n";
+
+/// A script whose line with this command goes on beside the lines after it,
+/// once the port answers.
+fn started(script: &str, command: &str, options: &str, port: &str) -> String {
+    let begun = format!("{command}{options} >terminal-{port}.log 2>&1 &\nanswers {port}");
+    assert_eq!(script.matches(command).count(), 1, "{command} in {script}");
+    script.replace(command, &begun)
+}
+
+fn free_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback is there");
+    listener.local_addr().expect("bound").port().to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_about_proot_runs() {
+    let (site, port) = (Site::with_image(), free_port());
+    // What a registry would give has Python in it, and ours has not.
+    let script = Page::open("docs/proot.md").text.replace("python:3.12-slim", IMAGE);
+    let script = script.replace("python3 -c 'print(6*7)'", "sh -c 'echo $((6*7))'");
+    let script = Page { name: "docs/proot.md", text: script }.script();
+    let script = started(&script, "stacyvm serve", &format!(" --port {port} --destroy-on-exit"), &port);
+    let ran = run_script(&site, &format!("http://127.0.0.1:{port}"), &format!("{TERMINALS}{script}")).await;
+    assert!(ran.stdout().ends_with("42\n42\n"), "{ran}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_about_custom_backends_runs() {
+    const TITLE: &str = "Another machine as a runtime, in one command";
+    let (site, port, backend) = (Site::with_image(), free_port(), free_port());
+    let script = Page::open("docs/custom-backend.md").section(TITLE);
+    // Both machines are this one, with a directory for each.
+    let text = script.text.replace("0.0.0.0:7425", &format!("127.0.0.1:{backend}"));
+    let text = text.replace("10.0.0.2:7425", &format!("127.0.0.1:{backend}"));
+    let text = text.replace("stacyvm serve\n", "env STACYVM_PROVIDERS_OCI_ENABLED=false stacyvm serve\n");
+    let script = Page { name: script.name, text }.script();
+    let script = started(&script, "--key-file backend.key", "", &backend);
+    let options = format!(" --port {port} --data-dir api --destroy-on-exit");
+    let script = started(&script, "stacyvm serve", &options, &port);
+    let script = format!("{TERMINALS}{script}stacyvm run -- echo there\n");
+    let ran = run_script(&site, &format!("http://127.0.0.1:{port}"), &script).await;
+    assert!(ran.stdout().ends_with("there\n"), "{ran}");
+
+    let (other, example) = (Site::new(), free_port());
+    let script = Page::open("docs/custom-backend.md").section("An example").script().replace("7425", &example);
+    // The whole of it is what the tests of the provider run.
+    let script = script.replace(" &\n", &format!(" >example.log &\nanswers {example}\n"));
+    let script = script.replace("--image any", "--image any --only C0");
+    let script = format!("{TERMINALS}unset STACYVM_DEFAULTS_NETWORK\n{script}");
+    let ran = run_script(&other, "http://127.0.0.1:1", &script).await;
+    assert!(ran.stdout().contains("PASS C01"), "{ran}");
+}
+
 /// A report made for this is as good as one that took minutes.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_about_certification_runs() {
@@ -293,6 +354,7 @@ fn nothing_is_left_out_that_is_no_longer_there() {
         "docs/conformance.md",
         "docs/docker.md",
         "docs/certification.md",
+        "docs/proot.md",
     ]
     .map(Page::open);
     for (beginning, reason) in ELSEWHERE {

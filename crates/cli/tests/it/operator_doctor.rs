@@ -99,6 +99,62 @@ async fn a_port_that_is_taken_is_fine_only_for_our_own_server() {
     server.stop(Signal::TERM).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_of_tls_is_asked_over_tls_and_says_so_to_others() {
+    let site = Site::new();
+    for name in ["cert.pem", "other.pem"] {
+        let made = site
+            .command("openssl")
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
+            .args(["-subj", &format!("/CN={name}"), "-addext", "subjectAltName=DNS:localhost"])
+            .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout", &format!("{name}.key"), "-out", name])
+            .output()
+            .expect("openssl starts");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    let file = |name: &str| site.home().join(name);
+    let tls = |command: &mut Command| {
+        command.env("STACYVM_SERVER_TLS_CERT_FILE", file("cert.pem"));
+        command.env("STACYVM_SERVER_TLS_KEY_FILE", file("cert.pem.key"));
+    };
+    let server = Server::start_with(&site, |serve| {
+        serve.arg("--destroy-on-exit");
+        tls(serve);
+    })
+    .await;
+    let port = server.url.rsplit(':').next().expect("a port").to_owned();
+    let page: Value = doctor(&site, &["--json"], |doctor| {
+        doctor.env("STACYVM_SERVER_PORT", &port);
+        tls(doctor);
+    })
+    .await
+    .json();
+    assert_eq!(check(&page, "server.ready")["status"], "PASS", "{}", check(&page, "server.ready"));
+
+    let list = async |server: &str, trusted: &str| {
+        let address = format!("{server}:{port}");
+        site.run_with(&["list", "--server", &address], |list| {
+            list.env("SSL_CERT_FILE", file(trusted));
+        })
+        .await
+    };
+    list("https://localhost", "cert.pem").await.ok();
+    for (server, trusted, message, hint) in [
+        ("https://localhost", "other.pem", "no secure connection to https://", "SSL_CERT_FILE"),
+        ("https://127.0.0.1", "cert.pem", "not valid for name", "by a name that its certificate has"),
+        ("http://localhost", "cert.pem", "this server speaks https", "write https://"),
+    ] {
+        let refused = list(server, trusted).await.failed(1);
+        let told = refused.stderr();
+        assert!(told.contains(message) && told.contains(hint) && !told.contains("stacyvm serve"), "{refused}");
+    }
+    let plain = Server::start(&Site::new(), &[]).await;
+    let refused = site.run(&["list", "--server", &plain.url.replace("http:", "https:")]).await.failed(1);
+    assert!(refused.stderr().contains("write http://"), "{refused}");
+    plain.stop(Signal::TERM).await;
+    server.stop(Signal::TERM).await;
+}
+
 #[tokio::test]
 async fn one_thing_that_is_broken_fails_and_says_how_to_mend_it() {
     let site = Site::new();

@@ -166,6 +166,38 @@ async fn the_container_is_configured_with_settings_that_exist() {
     assert_eq!(of("auth.api_key"), Some("PASS".into()), "{page:#}");
 }
 
+/// The compose tool itself reads the file, and finds in it what is meant.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compose_tool_accepts_the_compose_file() {
+    let here = tempfile::tempdir().expect("a directory");
+    let compose = |arguments: &[&str]| {
+        let mut compose = Command::new("docker-compose");
+        compose.args(arguments);
+        run(compose.into(), b"")
+    };
+    let version = compose(&["version", "--short"]).await.ok();
+    let text = fs::read_to_string(in_repository("deploy/docker/compose.yaml")).expect("the compose file");
+    // Debian 12 has a version that does not know this key yet.
+    let is_old = version.stdout().trim_start_matches('v').starts_with("1.");
+    let text = if is_old { text.replace("    cgroup: private\n", "") } else { text };
+    let directory = here.path().join("deploy/docker");
+    fs::create_dir_all(&directory).expect("made");
+    let file = directory.join("compose.yaml");
+    fs::write(&file, text).expect("written");
+    fs::write(here.path().join("api.key"), "key").expect("written");
+    let shown = compose(&["--file", file.to_str().expect("text"), "config"]).await.ok();
+    let root = here.path().display();
+    for part in [
+        format!("context: {root}"),
+        format!("file: {root}/api.key"),
+        "dockerfile: deploy/docker/Dockerfile".to_owned(),
+        "privileged: true".to_owned(),
+        "STACYVM_AUTH_API_KEY_FILE: /run/secrets/api_key".to_owned(),
+    ] {
+        assert!(shown.stdout().lines().any(|line| line.trim() == part), "{part}: {shown}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_release_archive_is_whole_and_says_what_is_in_it() {
     let out = tempfile::tempdir().expect("a directory");

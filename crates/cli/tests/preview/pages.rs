@@ -54,6 +54,24 @@ pub(crate) async fn look_at_a_site(server: &Server, sandbox: &SandboxClient, nam
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_link_by_path_opens_a_page_with_what_it_links_to() {
+    let server = Server::start_without_domain(Some("the-key")).await;
+    let sandbox = server.sandbox().await;
+    site(&sandbox, PORT).await;
+    let link = sandbox.port_link(PORT, None).await.expect("a link");
+    let begin = format!("http://127.0.0.1:{}/{}/{PORT}/?", server.path_port, sandbox.id());
+    assert!(link.url.starts_with(&begin), "{}", link.url);
+    let browser = Browser::start();
+    let page = browser.open(&link.url.replace("/?", "/relative?")).await;
+    page.until("document.title", &json!("Inside")).await;
+    page.until("getComputedStyle(document.querySelector('h1')).color", &json!("rgb(0, 102, 51)")).await;
+    page.until("document.getElementById('image').naturalWidth", &json!(48)).await;
+    assert_eq!(page.evaluate("self.origin").await, Ok(json!("null")));
+    browser.close().await;
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_page_by_path_has_an_origin_of_its_own() {
     let server = Server::start(None).await;
     let sandbox = server.sandbox().await;

@@ -54,8 +54,19 @@ impl Server {
     }
 
     pub(crate) async fn start_with(key: Option<&str>, settings: &[(&str, &str)]) -> Self {
+        Self::start_configured("", key, settings).await
+    }
+
+    /// A server that has no names for previews.
+    pub(crate) async fn start_without_domain(key: Option<&str>) -> Self {
+        // A variable that is set to nothing is not set.
+        Self::start_configured("server: {preview_domain: ''}\n", key, &[]).await
+    }
+
+    async fn start_configured(yaml: &str, key: Option<&str>, settings: &[(&str, &str)]) -> Self {
         assert!(rustix::process::geteuid().is_root(), "sandboxes of this test need root: sudo make test");
         let home = tempfile::tempdir().expect("a directory");
+        std::fs::write(home.path().join("stacyvm.yaml"), yaml).expect("written");
         let path_port = free_port();
         let mut command = Self::program(home.path());
         command.args(["serve", "--json", "--port", "0", "--destroy-on-exit", "--log-level", "warn", "--data-dir"]);

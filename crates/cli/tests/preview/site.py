@@ -19,6 +19,10 @@ PAGE = """<!doctype html>
 <script src="/app.js"></script></body></html>
 """
 
+RELATIVE = """<!doctype html><meta charset="utf-8"><title>Inside</title>
+<link rel="stylesheet" href="style.css"><h1>By path</h1><img id="image" src="image.svg" alt="a square">
+"""
+
 STYLE = """body { font: 16px/1.5 sans-serif; margin: 2rem; color: rgb(10, 20, 30) }
 h1 { color: rgb(0, 102, 51) } dt { font-weight: bold }
 """
@@ -54,6 +58,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         files = {
             "/": ("text/html; charset=utf-8", PAGE),
+            "/relative": ("text/html; charset=utf-8", RELATIVE),
             "/style.css": ("text/css", STYLE),
             "/image.svg": ("image/svg+xml", IMAGE),
             "/app.js": ("text/javascript", SCRIPT),

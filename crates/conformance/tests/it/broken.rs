@@ -12,7 +12,7 @@ use stacyvm_api::{SandboxId, Timestamp};
 use stacyvm_conformance::{Format, ProviderTarget, RunOptions, run};
 use stacyvm_providers::mock::MockProvider;
 use stacyvm_sandbox::{
-    AgentIo, AttachRequest, ByteStream, Capabilities, Connection, Created, DialTarget, FileContent, FileEntry,
+    AgentIo, AttachRequest, ByteStream, Capabilities, Connection, Created, DialTarget, Ending, FileContent, FileEntry,
     HealthReport, ListedProcess, ProcessEvent, ProcessInput, ProcessSelector, ProcessStream, ProgressSink, Provider,
     ProviderError, RemoveOptions, ResourceUsage, RuntimeSandbox, SandboxSpec, Session, SessionError, StartRequest,
     TerminalSize, WatchStream, WriteOptions,
@@ -200,7 +200,7 @@ impl Provider for BrokenProvider {
         self.inner.list().await
     }
 
-    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError> {
+    async fn wait(&self, id: &SandboxId) -> Result<Ending, ProviderError> {
         self.inner.wait(id).await
     }
 

@@ -13,7 +13,7 @@ use stacyvm_sandbox::{
     TerminalSize,
 };
 
-use super::command::{Command, Kills};
+use super::command::{Command, UNKNOWN_KILLS};
 use super::follow::{Follow, Follower};
 use super::policy::{self, Resolved, TimeLimits, signal_number};
 use super::{ExecEvent, ExecPage, OutputChannel, RunningExec, StartOptions};
@@ -75,10 +75,12 @@ impl Shared {
         start.tag = Some(exec_id.to_string());
         let (terminal, deadline) = (start.terminal.is_some(), start.deadline);
         let (started_at, started) = (self.now(), Instant::now());
-        let kills_before = record.kills();
-        let (pid, inner) =
-            within("start of the command", START_TIMEOUT, async { first_event(session.start(start).await?).await })
-                .await?;
+        let kills_before = self.kills_until_now(record).await;
+        let begun = async { first_event(session.start(start).await?).await };
+        let (pid, inner) = match within("start of the command", START_TIMEOUT, begun).await {
+            Ok(begun) => begun,
+            Err(error) => return Err(self.explain_failure(record, error).await),
+        };
         let command = Arc::new(Command {
             exec_id: exec_id.clone(),
             text: crate::shared::cut(&text),
@@ -318,7 +320,7 @@ impl Shared {
             started: None,
             operation: "exec_stream",
             caller: Caller::default(),
-            kills_before: Kills::UNKNOWN,
+            kills_before: UNKNOWN_KILLS,
             followers: AtomicUsize::new(0),
             output: Mutex::default(),
             end: OnceLock::new(),

@@ -1,12 +1,12 @@
 //! What is known of one command, and how its end is found out and recorded.
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use stacyvm_api::{ErrorCode, EventKind, ExecId, ProcessStatus, Timestamp};
-use stacyvm_sandbox::{Exit, ResourceUsage, SessionError};
+use stacyvm_sandbox::{Exit, LimitKills, ProviderError, SessionError};
 
 use super::ExecExit;
 use crate::record::Record;
@@ -16,6 +16,8 @@ use crate::{Caller, EngineError};
 
 /// Longest wait for a reading that only explains an end.
 const USAGE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between a broken connection and the news that its sandbox has ended.
+const ENDING_PATIENCE: Duration = Duration::from_secs(2);
 const SIGKILL: i32 = 9;
 /// Status of a shell whose child was killed.
 const SHELL_SIGKILL: i32 = SHELL_SIGNAL_BASE + SIGKILL;
@@ -37,7 +39,7 @@ pub(crate) struct Command {
     pub(crate) operation: &'static str,
     pub(crate) caller: Caller,
     /// Kills by limits that were known of when it began.
-    pub(crate) kills_before: Kills,
+    pub(crate) kills_before: LimitKills,
     /// Who reads along and would see its end.
     pub(crate) followers: AtomicUsize,
     pub(crate) output: Mutex<Vec<u8>>,
@@ -51,27 +53,8 @@ pub(crate) enum End {
     Lost,
 }
 
-/// Times something in a sandbox was killed by a limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Kills {
-    memory: u64,
-    pids: u64,
-    disk: u64,
-}
-
-impl Kills {
-    /// Of a command that began before anybody counted: no kill is its own.
-    pub(crate) const UNKNOWN: Self = Self { memory: u64::MAX, pids: u64::MAX, disk: u64::MAX };
-
-    fn of(usage: &ResourceUsage) -> Self {
-        Self { memory: usage.oom_kills, pids: usage.pids_kills, disk: usage.disk_kills }
-    }
-
-    /// Readings may come out of order; counters only grow.
-    pub(crate) fn or_later(self, other: Self) -> Self {
-        Self { memory: self.memory.max(other.memory), pids: self.pids.max(other.pids), disk: self.disk.max(other.disk) }
-    }
-}
+/// Of a command that began before anybody counted: no kill is its own.
+pub(crate) const UNKNOWN_KILLS: LimitKills = LimitKills { memory: u64::MAX, pids: u64::MAX, disk: u64::MAX };
 
 /// Whether a file became longer than the kernel lets it be (`RLIMIT_FSIZE`).
 fn is_file_limit(exit: Exit) -> bool {
@@ -106,7 +89,7 @@ impl Command {
             deadline,
             operation: "exec_stream",
             caller: Caller::default(),
-            kills_before: Kills::UNKNOWN,
+            kills_before: UNKNOWN_KILLS,
             followers: AtomicUsize::new(0),
             output: Mutex::new(row.output.clone().unwrap_or_default()),
             end: end.map(OnceLock::from).unwrap_or_default(),
@@ -225,14 +208,41 @@ impl Shared {
     /// What the sandbox's kill counters are when this process first sees it.
     pub(crate) async fn note_kills(&self, record: &Record) {
         if let Ok(Ok(usage)) = tokio::time::timeout(USAGE_TIMEOUT, record.provider.usage(&record.id)).await {
-            record.saw_kills(Kills::of(&usage));
+            record.saw_kills(usage.kills());
         }
+    }
+
+    /// What limits have killed until now, for a command that is about to begin:
+    /// kills that no command's end has shown, such as that of a child, are not
+    /// its own.
+    pub(crate) async fn kills_until_now(&self, record: &Record) -> LimitKills {
+        if let Ok(Ok(kills)) = tokio::time::timeout(USAGE_TIMEOUT, record.provider.kills(&record.id)).await {
+            record.saw_kills(kills);
+        }
+        record.kills()
+    }
+
+    /// What a failure means where the sandbox ended meanwhile: that it used up its
+    /// memory is known a moment after its connections broke.
+    pub(crate) async fn explain_failure(&self, record: &Record, error: EngineError) -> EngineError {
+        let may_be = matches!(
+            error,
+            EngineError::Session(SessionError::Gone | SessionError::Unavailable(_) | SessionError::Failed { .. })
+                | EngineError::Provider(ProviderError::NotFound(_))
+        );
+        if may_be && record.provider.capabilities().oom_ends_sandbox {
+            let _in_time = tokio::time::timeout(ENDING_PATIENCE, record.ended.cancelled()).await;
+            if record.ran_out_of_memory.load(Ordering::Relaxed) {
+                return SessionError::MemoryExhausted.into();
+            }
+        }
+        error
     }
 
     /// Why a command was killed, if it was by a limit of its sandbox.
     async fn limit_that_killed(&self, record: &Record, command: &Command, exit: Exit) -> Option<ErrorCode> {
         let usage = tokio::time::timeout(USAGE_TIMEOUT, record.provider.usage(&record.id)).await.ok()?.ok()?;
-        let (before, now) = (command.kills_before, Kills::of(&usage));
+        let (before, now) = (command.kills_before, usage.kills());
         record.saw_kills(now);
         // A command may bound its own files, on a disk that has room.
         let is_full = || usage.disk_limit_bytes > 0 && usage.disk_bytes >= Some(usage.disk_limit_bytes);
@@ -261,6 +271,9 @@ impl Shared {
         self.store.writer().save_exec(command.to_row(record, status, exit, now));
         let took = exit.map_or_else(|| command.elapsed(now), |exit| exit.duration);
         let error = match exit.map(|exit| (exit.error, exit.timeout)) {
+            None if record.ran_out_of_memory.load(Ordering::Relaxed) => {
+                Some(EngineError::Session(SessionError::MemoryExhausted))
+            }
             None => Some(EngineError::Session(SessionError::Gone)),
             Some((Some(ErrorCode::Timeout), timeout)) => {
                 Some(EngineError::ExecTimeout { timeout: timeout.unwrap_or_default(), partial: Box::default() })

@@ -222,6 +222,8 @@ impl Follower {
     fn lose(&mut self, error: SessionError) -> EngineError {
         self.shared.lose_command(&self.record, &self.command);
         self.done();
+        let error =
+            if self.record.ran_out_of_memory.load(Ordering::Relaxed) { SessionError::MemoryExhausted } else { error };
         error.into()
     }
 

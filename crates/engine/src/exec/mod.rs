@@ -18,7 +18,7 @@ use stacyvm_sandbox::TerminalSize;
 
 use crate::EngineError;
 
-pub(crate) use command::{Command, Kills};
+pub(crate) use command::Command;
 
 /// How to start a command beyond what its request says.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -110,6 +110,34 @@ async fn a_destroy_that_fails_is_tried_until_it_works() {
 }
 
 #[tokio::test]
+async fn a_sandbox_that_somebody_removed_is_destroyed_at_once() {
+    let host = Host::new();
+    let engine = host.engine().await;
+    let mut events = engine.subscribe(&caller(), None).unwrap();
+    let id = create(&engine).await.id;
+    host.mock.vanish(&id);
+    event_of(&mut events, EventKind::SandboxDestroyed, Some(&id)).await;
+    assert_eq!(state(&engine, &id), None, "it is no error");
+    host.assert_empty().await;
+}
+
+#[tokio::test]
+async fn a_sandbox_that_ends_for_want_of_memory_says_so_to_its_commands() {
+    let host = Host::new();
+    let engine = host.engine().await;
+    let id = create(&engine).await.id;
+    let running = {
+        let (engine, id) = (engine.clone(), id.clone());
+        tokio::spawn(async move { engine.exec(&caller(), &id, sh("echo on; sleep 1000")).await })
+    };
+    eventually("it runs", || host.mock.calls(MockOperation::Start).succeeded > 0).await;
+    host.mock.run_out_of_memory(&id);
+    assert_eq!(running.await.unwrap().unwrap_err().code(), ErrorCode::SandboxOom);
+    let dead = engine.get(&caller(), &id).unwrap();
+    assert_eq!((dead.state, dead.reason.as_deref()), (SandboxState::Error, Some("it used up its memory and ended")));
+}
+
+#[tokio::test]
 async fn a_sandbox_that_dies_is_an_error_with_nothing_left() {
     let host = Host::new();
     let mut options = host.options();

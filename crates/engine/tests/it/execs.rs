@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use stacyvm_api::{ErrorCode, EventKind, ExecId, ExecRequest, ProcessStatus, SandboxId};
+use stacyvm_api::{ErrorCode, EventKind, ExecId, ExecRequest, Limit, ProcessStatus, SandboxId};
 use stacyvm_engine::{Engine, EngineError, ExecEvent, ExecExit, ExecStream, OutputChannel, StartOptions};
 use stacyvm_providers::mock::{Exhausted, Fault, MockOperation, Times};
 use stacyvm_sandbox::TerminalSize;
@@ -145,6 +145,9 @@ async fn memory_and_process_limits_are_told_apart() {
     let starved = run(&engine, &id, "echo x; mock-oom").await;
     assert_eq!((starved.stdout.as_str(), starved.error), ("x\n", Some(ErrorCode::SandboxOom)));
     // The kill before is not this command's.
+    assert_eq!(run(&engine, &id, "kill -9 $$").await.error, None);
+    // Nor is one that no command's end has shown.
+    host.mock.count_kill(&id, Limit::Memory);
     assert_eq!(run(&engine, &id, "kill -9 $$").await.error, None);
     for (program, error) in
         [("mock-disk-full", ErrorCode::SandboxDiskFull), ("mock-pids", ErrorCode::SandboxPidsExhausted)]

@@ -10,7 +10,7 @@ use stacyvm_api::{CreateRequest, EventKind, Limit, ListQuery, ProcessStatus, San
 use stacyvm_engine::{CreateOptions, Engine, ExecEvent, StartOptions, UnknownSandboxes};
 use stacyvm_providers::mock::{Fault, MockOperation, MockProvider, Times};
 use stacyvm_sandbox::{
-    Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderError, RuntimeSandbox,
+    Capabilities, Connection, Created, Ending, HealthReport, ProgressSink, Provider, ProviderError, RuntimeSandbox,
     SandboxSpec, TerminalSize,
 };
 
@@ -424,7 +424,7 @@ impl Provider for Elsewhere {
         std::future::pending().await
     }
 
-    async fn wait(&self, _id: &SandboxId) -> Result<(), ProviderError> {
+    async fn wait(&self, _id: &SandboxId) -> Result<Ending, ProviderError> {
         std::future::pending().await
     }
 }

@@ -34,7 +34,7 @@ use reqwest::Method;
 use stacyvm_api::backend::{self, Feature, Listed, SpawnRequest, SpawnSpec, Spawned, Stats, Status};
 use stacyvm_api::{Limit, LimitReport, NetworkMode, NetworkRequest, SandboxId, Timestamp};
 use stacyvm_sandbox::{
-    Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderError, ResourceUsage,
+    Capabilities, Connection, Created, Ending, HealthReport, ProgressSink, Provider, ProviderError, ResourceUsage,
     RuntimeSandbox, RuntimeState, SandboxSpec, Shortfalls,
 };
 use tokio::sync::oneshot;
@@ -489,19 +489,19 @@ impl Provider for CustomProvider {
         states.into_iter().collect::<Result<_, _>>().map_err(failed)
     }
 
-    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError> {
+    async fn wait(&self, id: &SandboxId) -> Result<Ending, ProviderError> {
         loop {
             let state = match self.offered().await {
                 Ok(offered) => match self.locate(id, &offered) {
                     Ok(registered) => self.registered_state(&registered.backend_id).await,
-                    Err(_) => return Ok(()),
+                    Err(_) => return Ok(Ending::Died),
                 },
                 Err(error) => Err(error),
             };
             // A backend that does not answer says nothing about its sandboxes.
             if matches!(state, Ok(RuntimeState::Dead)) {
                 self.forget(id);
-                return Ok(());
+                return Ok(Ending::Died);
             }
             tokio::time::sleep(self.options.poll_interval).await;
         }

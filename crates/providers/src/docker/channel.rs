@@ -26,7 +26,7 @@ impl DockerChannel {
 
     async fn bridge(&self) -> io::Result<Box<dyn AgentIo>> {
         let (server, container) = (Arc::clone(&self.server), self.container.clone());
-        let ended = async move { endings::wait(&server, &container).await };
+        let ended = async move { endings::container_ended(&server, &container).await };
         bridge::open(&self.server.daemon, &self.container, ended).await
     }
 }

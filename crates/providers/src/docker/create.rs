@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::container::Plan;
-use super::error::{DockerError, chain};
+use super::error::{DockerError, bounded, chain};
 use super::place::Place;
 use super::server::Server;
 use super::{boot, image};
@@ -35,11 +35,8 @@ pub(super) async fn create(
     progress: &dyn ProgressSink,
 ) -> Result<Created, ProviderError> {
     let of_create = |error: DockerError| error.of_create(&spec.image);
-    let docker_config = server.options.docker_config.as_deref();
-    let image = image::ensure(&server.daemon, &spec.image, docker_config, progress).await.map_err(of_create)?;
-    let facts = server.daemon.facts().await.map_err(of_create)?;
-    let image_digest = Some(image.id.clone());
-    let plan = Plan::new(id, spec, image, &facts, &server.options)?;
+    let plan = prepare(server, id, spec, progress).await.inspect_err(|_| server.unasked.note(id))?;
+    let image_digest = Some(plan.image.id.clone());
 
     let (sender, receiver) = oneshot::channel();
     let task = Arc::clone(server);
@@ -54,6 +51,20 @@ pub(super) async fn create(
     });
     let made = receiver.await.unwrap_or(Err(DockerError::TaskEnded));
     Ok(Created { limits: made.map_err(of_create)?.report, image_digest })
+}
+
+/// All that is decided before anything is made.
+async fn prepare(
+    server: &Server,
+    id: &SandboxId,
+    spec: &SandboxSpec,
+    progress: &dyn ProgressSink,
+) -> Result<Plan, ProviderError> {
+    let of_create = |error: DockerError| error.of_create(&spec.image);
+    let docker_config = server.options.docker_config.as_deref();
+    let image = image::ensure(&server.daemon, &spec.image, docker_config, progress).await.map_err(of_create)?;
+    let facts = server.daemon.facts().await.map_err(of_create)?;
+    Plan::new(id, spec, image, &facts, &server.options)
 }
 
 async fn make_or_remove(server: &Server, plan: Plan) -> Result<Plan, DockerError> {
@@ -129,13 +140,27 @@ fn refused_container(error: DockerError, server: &Server, plan: &Plan) -> Docker
     }
 }
 
-/// Networks are looked up when a container starts.
+/// Networks and runtimes are looked up when a container starts.
 fn started_failure(error: DockerError, server: &Server) -> DockerError {
-    let said = error.refusal().unwrap_or_default().to_ascii_lowercase();
-    if said.contains("network") && said.contains("not found") {
+    let Some(said) = error.refusal() else { return error };
+    let lower = said.to_ascii_lowercase();
+    if lower.contains("network") && lower.contains("not found") {
         return DockerError::UnknownNetwork(server.options.network.to_string());
     }
-    error
+    DockerError::Unstarted { runtime: server.options.runtime.clone(), why: why_unstarted(said), source: error.into() }
+}
+
+/// What a runtime says of a container that it does not start, out of the layers
+/// that pass it on, and without the host's directories.
+fn why_unstarted(said: &str) -> String {
+    const LAYERS: [&str; 3] = ["OCI runtime create failed: ", "failed to create shim task: ", "failed to start shim: "];
+    let innermost = LAYERS.iter().find_map(|layer| said.rsplit_once(layer)).map_or(said, |(_, rest)| rest);
+    let innermost = innermost.trim_end().trim_end_matches(": unknown");
+    let shown = innermost.split(' ').map(|word| match word.rsplit_once('/') {
+        Some((directory, name)) if directory.starts_with('/') && !name.is_empty() => name,
+        _ => word,
+    });
+    bounded(&shown.collect::<Vec<_>>().join(" "))
 }
 
 /// The container runs on the configured runtime and has the network that was
@@ -168,6 +193,17 @@ fn is_unconnected(endpoint: &EndpointSettings) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_runtime_is_heard_without_what_passes_it_on() {
+        let said = "failed to create task for container: failed to create shim task: OCI runtime create failed: \
+                    unable to retrieve OCI runtime error (open /run/x/log.json: no such file or directory): \
+                    fork/exec /opt/broken: exec format error: unknown";
+        let why = why_unstarted(said);
+        assert!(why.ends_with("fork/exec broken: exec format error") && why.starts_with("unable"), "{why}");
+        assert!(!why.contains("/run") && !why.contains("/opt"), "{why}");
+        assert_eq!(why_unstarted("no space left on device"), "no space left on device");
+    }
 
     #[test]
     fn a_network_that_is_only_a_name_is_none() {

@@ -13,6 +13,8 @@ use bollard::errors::Error as ApiError;
 use bollard::models::{ContainerSummaryStateEnum, EventMessage};
 use bollard::query_parameters::EventsOptionsBuilder;
 use futures_util::StreamExt as _;
+use stacyvm_api::SandboxId;
+use stacyvm_sandbox::Ending;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval_at, sleep};
 
@@ -29,6 +31,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const FIRST_LOOK: Duration = Duration::from_millis(100);
 const LOOK_INTERVAL: Duration = Duration::from_secs(30);
 
+/// The daemon may tell that a container ended before it tells that the kernel
+/// killed in it.
+const OOM_NEWS_TIME: Duration = Duration::from_millis(500);
+const OOM_NEWS_POLL: Duration = Duration::from_millis(50);
+
 /// What is known of the ends of this server's containers.
 #[derive(Default)]
 pub(super) struct Endings {
@@ -39,23 +46,24 @@ pub(super) struct Endings {
 struct Known {
     /// By container id; true once it has ended.
     waiting: HashMap<String, watch::Sender<bool>>,
-    /// Times the kernel killed for want of memory, by container id.
+    /// Times the kernel killed for want of memory, by the container's name, which
+    /// is the sandbox's.
     oom_kills: HashMap<String, u64>,
     is_following: bool,
 }
 
 impl Endings {
-    /// Forgets a container that was removed.
-    pub(super) fn forget(&self, container: &str) {
+    /// Forgets a sandbox whose container was removed.
+    pub(super) fn forget(&self, name: &str, container: &str) {
         let mut known = self.lock();
-        known.oom_kills.remove(container);
+        known.oom_kills.remove(name);
         if let Some(sender) = known.waiting.remove(container) {
             sender.send_replace(true);
         }
     }
 
-    pub(super) fn oom_kills(&self, container: &str) -> u64 {
-        self.lock().oom_kills.get(container).copied().unwrap_or(0)
+    pub(super) fn oom_kills(&self, name: &str) -> u64 {
+        self.lock().oom_kills.get(name).copied().unwrap_or(0)
     }
 
     fn subscribe(&self, container: &str) -> watch::Receiver<bool> {
@@ -70,10 +78,11 @@ impl Endings {
     }
 
     fn take(&self, event: EventMessage) {
-        let Some(container) = event.actor.and_then(|actor| actor.id) else { return };
-        match event.action.as_deref() {
-            Some("die" | "destroy") => self.ended(&container),
-            Some("oom") => *self.lock().oom_kills.entry(container).or_default() += 1,
+        let Some(actor) = event.actor else { return };
+        let name = actor.attributes.and_then(|mut attributes| attributes.remove("name"));
+        match (event.action.as_deref(), actor.id, name) {
+            (Some("die" | "destroy"), Some(container), _) => self.ended(&container),
+            (Some("oom"), _, Some(name)) => *self.lock().oom_kills.entry(name).or_default() += 1,
             _ => {}
         }
     }
@@ -91,11 +100,38 @@ impl Endings {
 }
 
 /// Resolves when a container has ended.
-pub(super) async fn wait(server: &Arc<Server>, container: &str) {
+pub(super) async fn container_ended(server: &Arc<Server>, container: &str) {
     let mut ended = server.endings.subscribe(container);
     follow(server);
     // A sender that is gone has been told, or its container forgotten.
     let _ = ended.wait_for(|ended| *ended).await;
+}
+
+/// Resolves when a sandbox has ended, and says how.
+pub(super) async fn wait(server: &Arc<Server>, id: &SandboxId) -> Result<Ending, DockerError> {
+    let Some(found) = server.find(id).await? else { return Ok(Ending::Removed) };
+    if found.running {
+        container_ended(server, &found.container).await;
+    }
+    let told_by = Instant::now() + OOM_NEWS_TIME;
+    loop {
+        let Some(found) = server.find(id).await? else { return Ok(Ending::Removed) };
+        if found.is_being_removed {
+            // A removal ends it first.
+            server.wait_until_removed(id).await?;
+            return Ok(Ending::Removed);
+        }
+        if !server.oom_ends_sandbox() {
+            return Ok(Ending::Died);
+        }
+        if found.oom_killed || server.endings.oom_kills(id.as_str()) > 0 {
+            return Ok(Ending::OutOfMemory);
+        }
+        if Instant::now() >= told_by {
+            return Ok(Ending::Died);
+        }
+        sleep(OOM_NEWS_POLL).await;
+    }
 }
 
 /// Starts the one task that reads events, unless it runs.
@@ -175,9 +211,10 @@ mod tests {
     use super::*;
 
     fn event(action: &str, container: &str) -> EventMessage {
+        let attributes = HashMap::from([("name".to_owned(), format!("sb-{container}"))]);
         EventMessage {
             action: Some(action.to_owned()),
-            actor: Some(EventActor { id: Some(container.to_owned()), ..EventActor::default() }),
+            actor: Some(EventActor { id: Some(container.to_owned()), attributes: Some(attributes) }),
             ..EventMessage::default()
         }
     }
@@ -190,10 +227,10 @@ mod tests {
         endings.take(event("oom", "two"));
         endings.take(event("start", "two"));
         assert!(*one.borrow() && !*two.borrow());
-        assert_eq!((endings.oom_kills("one"), endings.oom_kills("two")), (0, 1));
-        endings.forget("two");
+        assert_eq!((endings.oom_kills("sb-one"), endings.oom_kills("sb-two")), (0, 1));
+        endings.forget("sb-two", "two");
         assert!(*two.borrow());
-        assert_eq!(endings.oom_kills("two"), 0);
+        assert_eq!(endings.oom_kills("sb-two"), 0);
     }
 
     #[test]

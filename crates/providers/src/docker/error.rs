@@ -40,6 +40,13 @@ pub(super) enum DockerError {
     UnknownNetwork(String),
     #[error("the daemon's storage cannot bound the size of a sandbox's disk")]
     DiskUnbounded,
+    #[error("its runtime `{runtime}` did not start the container: {why}")]
+    Unstarted {
+        runtime: String,
+        why: String,
+        #[source]
+        source: Box<DockerError>,
+    },
     /// The agent, or the runtime in its place, ended before it answered.
     #[error("the sandbox's agent did not start: {0}")]
     AgentEnded(String),
@@ -113,6 +120,14 @@ impl DockerError {
             Self::NotAsPromised(_) => unavailable(
                 self,
                 "see how the daemon's daemon.json defines the runtime of providers.docker.runtime".into(),
+            ),
+            Self::Unstarted { ref runtime, .. } => {
+                let hint = format!("`docker run --rm --runtime {runtime} IMAGE true` on the daemon's host has to work");
+                unavailable(self, hint)
+            }
+            Self::AgentEnded(_) | Self::AgentSilent(_) => unavailable(
+                self,
+                "see that the daemon's runtime can run the image, and that memory_mb is enough for it".into(),
             ),
             other => other.of("create the sandbox"),
         }

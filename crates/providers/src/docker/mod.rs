@@ -46,8 +46,8 @@ use async_trait::async_trait;
 use stacyvm_agent_embed::AGENT;
 use stacyvm_api::SandboxId;
 use stacyvm_sandbox::{
-    Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderDefaults, ProviderError,
-    ResourceUsage, RuntimeSandbox, SandboxSpec,
+    Capabilities, Connection, Created, Ending, HealthReport, LimitKills, ProgressSink, Provider, ProviderDefaults,
+    ProviderError, ResourceUsage, RuntimeSandbox, SandboxSpec,
 };
 use tokio_util::task::TaskTracker;
 
@@ -60,8 +60,7 @@ use daemon::Daemon;
 use endings::Endings;
 use error::DockerError;
 use place::Program;
-use runtime::Promise;
-use server::{Found, Server};
+use server::{Found, Server, Unasked};
 
 use crate::host::claims::Instance;
 
@@ -98,6 +97,7 @@ impl DockerProvider {
             program,
             instance,
             endings: Endings::default(),
+            unasked: Unasked::default(),
             background: TaskTracker::new(),
         };
         Ok(Self { server: Arc::new(server) })
@@ -126,7 +126,7 @@ impl Provider for DockerProvider {
             keeps_records: true,
             network: self.server.options.network != Network::None,
             pause: true,
-            oom_ends_sandbox: self.server.daemon.known_promise(&self.server.options.runtime) == Promise::Gvisor,
+            oom_ends_sandbox: self.server.oom_ends_sandbox(),
             family: "container",
             ..Capabilities::default()
         }
@@ -180,20 +180,21 @@ impl Provider for DockerProvider {
         sweep::sweep(&self.server).await.map_err(|error| error.of("sweep"))
     }
 
-    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError> {
-        let found = self.server.find(id).await.map_err(|error| error.of("wait"))?;
-        let found = found.ok_or_else(|| ProviderError::NotFound(id.clone()))?;
-        if found.running {
-            endings::wait(&self.server, &found.container).await;
-        }
-        Ok(())
+    async fn wait(&self, id: &SandboxId) -> Result<Ending, ProviderError> {
+        endings::wait(&self.server, id).await.map_err(|error| error.of("wait"))
+    }
+
+    /// The daemon tells of kills by itself.
+    async fn kills(&self, id: &SandboxId) -> Result<LimitKills, ProviderError> {
+        endings::follow(&self.server);
+        Ok(LimitKills { memory: self.server.endings.oom_kills(id.as_str()), ..LimitKills::default() })
     }
 
     async fn usage(&self, id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
         let found = self.running(id, "read usage").await?;
         endings::follow(&self.server);
         let reading = usage::read(&self.server.daemon, &found.container).await;
-        let oom_kills = self.server.endings.oom_kills(&found.container);
+        let oom_kills = self.server.endings.oom_kills(id.as_str());
         Ok(ResourceUsage { oom_kills, ..reading.map_err(|error| error.of("read usage"))? })
     }
 

@@ -1,10 +1,13 @@
 //! What every part of this provider works on, and the containers that are this
 //! server's.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use bollard::models::{ContainerInspectResponse, ContainerSummary, ContainerSummaryStateEnum};
+use bollard::models::{
+    ContainerInspectResponse, ContainerStateStatusEnum, ContainerSummary, ContainerSummaryStateEnum,
+};
 use bollard::query_parameters::ListContainersOptionsBuilder;
 use stacyvm_api::{SandboxId, Timestamp};
 use stacyvm_sandbox::{RuntimeSandbox, RuntimeState};
@@ -17,6 +20,7 @@ use super::error::{DockerError, status};
 use super::label;
 use super::options::DockerOptions;
 use super::place::Program;
+use super::runtime::Promise;
 
 /// How long a removal that somebody else began may take.
 const REMOVAL_TIME: Duration = Duration::from_secs(20);
@@ -29,7 +33,23 @@ pub(super) struct Server {
     /// Which of the servers on this daemon we are.
     pub(super) instance: String,
     pub(super) endings: Endings,
+    pub(super) unasked: Unasked,
     pub(super) background: TaskTracker,
+}
+
+/// Sandboxes whose creation failed before the daemon was asked to make anything:
+/// there is nothing to destroy, also while it is away. Each is destroyed once.
+#[derive(Default)]
+pub(super) struct Unasked(Mutex<HashSet<SandboxId>>);
+
+impl Unasked {
+    pub(super) fn note(&self, id: &SandboxId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
+    }
+
+    fn take(&self, id: &SandboxId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
+    }
 }
 
 /// A container that is one of this server's sandboxes.
@@ -37,6 +57,9 @@ pub(super) struct Found {
     pub(super) container: String,
     pub(super) pid: i64,
     pub(super) running: bool,
+    pub(super) is_being_removed: bool,
+    /// The kernel has killed in it for want of memory.
+    pub(super) oom_killed: bool,
 }
 
 impl Server {
@@ -56,22 +79,36 @@ impl Server {
             return None;
         }
         let state = container.state.unwrap_or_default();
-        Some(Found { container: container.id?, pid: state.pid.unwrap_or(0), running: state.running.unwrap_or(false) })
+        Some(Found {
+            container: container.id?,
+            pid: state.pid.unwrap_or(0),
+            running: state.running.unwrap_or(false),
+            is_being_removed: state.status == Some(ContainerStateStatusEnum::REMOVING),
+            oom_killed: state.oom_killed.unwrap_or(false),
+        })
+    }
+
+    /// Memory of a guest is memory of the one process that is gVisor's kernel.
+    pub(super) fn oom_ends_sandbox(&self) -> bool {
+        self.daemon.known_promise(&self.options.runtime) == Promise::Gvisor
     }
 
     /// Ends a sandbox at once: there is nothing in it that would use a grace.
     pub(super) async fn destroy(&self, id: &SandboxId) -> Result<(), DockerError> {
+        if self.unasked.take(id) {
+            return Ok(());
+        }
         let Some(found) = self.find(id).await? else { return Ok(()) };
         match self.daemon.remove(&found.container).await {
             // Somebody else removes it right now.
             Err(error) if error.status() == Some(409) => self.wait_until_removed(id).await,
             removed => removed,
         }?;
-        self.endings.forget(&found.container);
+        self.endings.forget(id.as_str(), &found.container);
         Ok(())
     }
 
-    async fn wait_until_removed(&self, id: &SandboxId) -> Result<(), DockerError> {
+    pub(super) async fn wait_until_removed(&self, id: &SandboxId) -> Result<(), DockerError> {
         let deadline = Instant::now() + REMOVAL_TIME;
         while self.find(id).await?.is_some() {
             if Instant::now() >= deadline {

@@ -33,8 +33,8 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use stacyvm_api::{Limit, LimitReport, SandboxId, Timestamp};
 use stacyvm_sandbox::{
-    Capabilities, Connection, Created, HealthReport, Progress, ProgressSink, Provider, ProviderError, ResourceUsage,
-    RuntimeSandbox, RuntimeState, SandboxSpec,
+    Capabilities, Connection, Created, Ending, HealthReport, LimitKills, Progress, ProgressSink, Provider,
+    ProviderError, ResourceUsage, RuntimeSandbox, RuntimeState, SandboxSpec,
 };
 
 pub use faults::{Calls, Fault, MockFaults, MockOperation, Times};
@@ -102,6 +102,21 @@ impl MockProvider {
     /// The sandbox dies by itself; its remains stay until it is destroyed.
     pub fn die(&self, id: &SandboxId) {
         if let Some(sandbox) = self.find(id) {
+            sandbox.die();
+        }
+    }
+
+    /// A limit kills a process that no command's end tells of.
+    pub fn count_kill(&self, id: &SandboxId, limit: Limit) {
+        if let Some(sandbox) = self.find(id) {
+            sandbox.count_kill(limit);
+        }
+    }
+
+    /// The sandbox uses up its memory, and all of it ends with that.
+    pub fn run_out_of_memory(&self, id: &SandboxId) {
+        if let Some(sandbox) = self.find(id) {
+            sandbox.out_of_memory.store(true, Ordering::Relaxed);
             sandbox.die();
         }
     }
@@ -302,11 +317,18 @@ impl Provider for MockProvider {
         self.call(MockOperation::Sweep, "free what no sandbox owns", free).await
     }
 
-    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError> {
-        if let Some(sandbox) = self.find(id) {
-            sandbox.ended.cancelled().await;
-        }
-        Ok(())
+    async fn wait(&self, id: &SandboxId) -> Result<Ending, ProviderError> {
+        let Some(sandbox) = self.find(id) else { return Ok(Ending::Removed) };
+        sandbox.ended.cancelled().await;
+        Ok(match self.find(id) {
+            None => Ending::Removed,
+            Some(_) if sandbox.out_of_memory.load(Ordering::Relaxed) => Ending::OutOfMemory,
+            Some(_) => Ending::Died,
+        })
+    }
+
+    async fn kills(&self, id: &SandboxId) -> Result<LimitKills, ProviderError> {
+        self.find(id).map(|sandbox| sandbox.usage().kills()).ok_or_else(|| ProviderError::NotFound(id.clone()))
     }
 
     async fn usage(&self, id: &SandboxId) -> Result<ResourceUsage, ProviderError> {

@@ -44,6 +44,7 @@ pub(super) struct MockSandbox {
     /// The next commands find the process limit used up.
     pub(super) pids_exhausted: AtomicBool,
     pub(super) disk_full: AtomicBool,
+    pub(super) out_of_memory: AtomicBool,
     pub(super) ended: CancellationToken,
     tree: Mutex<Tree>,
     processes: Mutex<Processes>,
@@ -75,6 +76,7 @@ impl MockSandbox {
             paused: AtomicBool::new(false),
             pids_exhausted: AtomicBool::new(false),
             disk_full: AtomicBool::new(false),
+            out_of_memory: AtomicBool::new(false),
             ended: CancellationToken::new(),
             tree: Mutex::new(Tree::new()),
             // Pid 1 is the agent.

@@ -43,8 +43,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use stacyvm_api::{Limit, SandboxId};
 use stacyvm_sandbox::{
-    Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderError, ResourceUsage,
-    RuntimeSandbox, RuntimeState, SandboxSpec,
+    Capabilities, Connection, Created, Ending, HealthReport, LimitKills, ProgressSink, Provider, ProviderError,
+    ResourceUsage, RuntimeSandbox, RuntimeState, SandboxSpec,
 };
 
 use crate::host::channel::SocketChannel;
@@ -198,10 +198,12 @@ impl Provider for OciProvider {
         sweep::sweep(&self.runtime).await.map_err(|error| error.of("sweep"))
     }
 
-    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError> {
+    async fn wait(&self, id: &SandboxId) -> Result<Ending, ProviderError> {
         let found = self.adopt(id).map_err(|error| error.of("look at the sandbox"))?;
-        let Some(live) = found else { return Ok(()) };
-        live.ended().await.map_err(|source| OciError::system("wait for the sandbox's end")(source).of("wait"))
+        let Some(live) = found else { return Ok(Ending::Died) };
+        let ended =
+            live.ended().await.map_err(|source| OciError::system("wait for the sandbox's end")(source).of("wait"));
+        ended.map(|()| Ending::Died)
     }
 
     async fn usage(&self, id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
@@ -222,6 +224,10 @@ impl Provider for OciProvider {
             disk_bytes: disk.bytes,
             disk_limit_bytes: disk.limit_bytes,
         })
+    }
+
+    async fn kills(&self, id: &SandboxId) -> Result<LimitKills, ProviderError> {
+        Ok(LimitKills { memory: self.runtime.cgroups.oom_kills(id.as_str()), ..LimitKills::default() })
     }
 
     async fn shutdown(&self) {

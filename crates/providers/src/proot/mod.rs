@@ -45,8 +45,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use stacyvm_api::{Limit, SandboxId};
 use stacyvm_sandbox::{
-    Capabilities, Connection, Created, HealthReport, ProgressSink, Provider, ProviderError, ResourceUsage,
-    RuntimeSandbox, RuntimeState, SandboxSpec,
+    Capabilities, Connection, Created, Ending, HealthReport, LimitKills, ProgressSink, Provider, ProviderError,
+    ResourceUsage, RuntimeSandbox, RuntimeState, SandboxSpec,
 };
 
 pub use launcher::{LauncherCommand, launcher_main};
@@ -177,10 +177,12 @@ impl Provider for ProotProvider {
         sweep::sweep(&self.runtime).await.map_err(|error| error.of("sweep"))
     }
 
-    async fn wait(&self, id: &SandboxId) -> Result<(), ProviderError> {
+    async fn wait(&self, id: &SandboxId) -> Result<Ending, ProviderError> {
         let found = self.runtime.adopt(id).map_err(|error| error.of("look at the sandbox"))?;
-        let Some(live) = found else { return Ok(()) };
-        live.ended().await.map_err(|source| ProotError::system("wait for the sandbox's end")(source).of("wait"))
+        let Some(live) = found else { return Ok(Ending::Died) };
+        let ended =
+            live.ended().await.map_err(|source| ProotError::system("wait for the sandbox's end")(source).of("wait"));
+        ended.map(|()| Ending::Died)
     }
 
     async fn usage(&self, id: &SandboxId) -> Result<ResourceUsage, ProviderError> {
@@ -201,6 +203,15 @@ impl Provider for ProotProvider {
             disk_kills: live.kills(Limit::Disk),
             disk_bytes: disk.ok().flatten(),
             disk_limit_bytes: live.record.disk_limit_bytes,
+        })
+    }
+
+    async fn kills(&self, id: &SandboxId) -> Result<LimitKills, ProviderError> {
+        let live = self.live(id)?;
+        Ok(LimitKills {
+            memory: self.runtime.cgroups.oom_kills(id.as_str()) + live.kills(Limit::Memory),
+            pids: live.kills(Limit::Pids),
+            disk: live.kills(Limit::Disk),
         })
     }
 

@@ -1,7 +1,7 @@
 //! Making and destroying sandboxes, and that nothing stays.
 
 use stacyvm_api::{Limit, SandboxId};
-use stacyvm_sandbox::{Provider as _, ProviderError, RuntimeState};
+use stacyvm_sandbox::{Ending, Provider as _, ProviderError, RuntimeState};
 
 use crate::docker_fixture::{DockerFixture, spec};
 use crate::fixture::eventually;
@@ -57,12 +57,12 @@ async fn what_others_have_on_the_daemon_is_left_alone() {
         ours.provider.destroy(id).await.expect("unknown is fine");
         for missing in [
             ours.provider.connect(id).await.err(),
-            ours.provider.wait(id).await.err(),
             ours.provider.usage(id).await.err(),
             ours.provider.pause(id).await.err(),
         ] {
             assert!(matches!(missing, Some(ProviderError::NotFound(_))), "{missing:?}");
         }
+        assert_eq!(ours.provider.wait(id).await.expect("it is not there"), Ending::Removed);
         ours.daemon.docker(&["inspect", id.as_str()]);
     }
     ours.daemon.docker(&["rm", plain.as_str(), labelled.as_str()]);
@@ -126,12 +126,20 @@ async fn a_sandbox_that_ends_by_itself_is_noticed_and_listed_as_dead() {
         async move { provider.wait(&id).await }
     });
     fixture.daemon.docker(&["kill", id.as_str()]);
-    waiting.await.expect("no panic").expect("it ended");
+    assert_eq!(waiting.await.expect("no panic").expect("it ended"), Ending::Died);
     let listed = fixture.provider.list().await.expect("listed");
     assert_eq!(listed[0].state, RuntimeState::Dead);
     assert!(matches!(fixture.provider.connect(&id).await, Err(ProviderError::NotFound(_))));
-    fixture.provider.wait(&id).await.expect("it has ended already");
+    assert_eq!(fixture.provider.wait(&id).await.expect("it has ended already"), Ending::Died);
     fixture.provider.destroy(&id).await.expect("destroyed");
+    // One that somebody else removes has not died.
+    let id = fixture.create(&spec()).await;
+    let waiting = tokio::spawn({
+        let (provider, id) = (fixture.provider.clone(), id.clone());
+        async move { provider.wait(&id).await }
+    });
+    fixture.daemon.docker(&["rm", "--force", id.as_str()]);
+    assert_eq!(waiting.await.expect("no panic").expect("it ended"), Ending::Removed);
     fixture.finish().await;
 }
 

@@ -1,7 +1,7 @@
 //! The runtime that is configured is the one a sandbox gets, or there is none.
 
 use stacyvm_api::{Limit, SandboxId};
-use stacyvm_sandbox::{Provider as _, ProviderError, RuntimeState, SandboxSpec, Session as _};
+use stacyvm_sandbox::{Ending, Provider as _, ProviderError, RuntimeState, SandboxSpec, Session as _};
 
 use crate::docker_fixture::{self, DockerFixture};
 use crate::fixture::{chain, eventually};
@@ -47,6 +47,17 @@ async fn an_unregistered_runtime_is_a_finding_before_it_is_a_failure() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_runtime_that_starts_nothing_is_unavailable_and_says_why() {
+    let fixture = on("broken");
+    let error = fixture.provider.create(&SandboxId::random(), &spec(), &()).await.expect_err("it is broken");
+    let ProviderError::Unavailable { message, hint: Some(hint), .. } = &error else { panic!("{error:?}") };
+    assert!(message.starts_with("its runtime `broken` did not start the container: "), "{}", chain(&error));
+    assert!(!message.contains(&fixture.daemon.directory().display().to_string()), "no place of the host: {message}");
+    assert!(hint.contains("--runtime broken"), "{hint}");
+    fixture.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn gvisor_is_seen_from_inside_and_from_outside() {
     let fixture = on("runsc");
     let id = fixture.create(&spec()).await;
@@ -76,7 +87,7 @@ async fn on_gvisor_a_command_out_of_memory_ends_its_sandbox_and_no_other() {
     // Whatever is heard of the command itself.
     let _ = session.start(inside::shell("tail /dev/zero")).await;
     let noticed = tokio::time::timeout(std::time::Duration::from_mins(1), fixture.provider.wait(&hungry)).await;
-    noticed.expect("its end is noticed").expect("it ended");
+    assert_eq!(noticed.expect("its end is noticed").expect("it ended"), Ending::OutOfMemory);
     // The daemon tells of an end a moment before its list shows it.
     eventually("it is listed as dead, and only it", async || {
         let listed = fixture.provider.list().await.expect("listed");

@@ -10,8 +10,10 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt as _, Full};
 use instant_acme::{BodyWrapper, BytesResponse, Error, HttpClient};
 use reqwest::Certificate;
+use serde::Deserialize;
 
 use super::AcmeError;
+use super::order::OrderError;
 
 /// For one request and its answer.
 const REQUEST_TIME: Duration = Duration::from_secs(30);
@@ -24,9 +26,14 @@ const MAX_ANSWER_BYTES: usize = 1 << 20;
 #[derive(Clone)]
 pub(super) struct CaClient(reqwest::Client);
 
+/// Why an answer was not read to its end.
 #[derive(Debug, thiserror::Error)]
-#[error("the CA's answer is longer than {MAX_ANSWER_BYTES} bytes")]
-struct TooLong;
+enum Unread {
+    #[error(transparent)]
+    Broken(#[from] reqwest::Error),
+    #[error("the answer is longer than {MAX_ANSWER_BYTES} bytes")]
+    TooLong,
+}
 
 impl CaClient {
     pub(super) fn new(ca_file: Option<&Path>) -> Result<Self, AcmeError> {
@@ -40,6 +47,38 @@ impl CaClient {
             builder = builder.tls_certs_only(roots(path)?);
         }
         builder.build().map(Self).map_err(AcmeError::Client)
+    }
+}
+
+/// What every directory lists (RFC 8555 7.1.1), as far as it is used here.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Directory {
+    #[expect(dead_code, reason = "that it is there is what counts")]
+    new_account: String,
+    #[expect(dead_code, reason = "that it is there is what counts")]
+    new_order: String,
+}
+
+impl CaClient {
+    /// Whether an address is that of a CA's directory. Without this look a slip in
+    /// it shows as whatever the page there makes of the protocol.
+    pub(super) async fn check_directory(&self, url: &str) -> Result<(), OrderError> {
+        let unreachable = |error: reqwest::Error| OrderError::Unreachable { url: url.to_owned(), error };
+        let none = |why: String| Err(OrderError::NoDirectory { url: url.to_owned(), why });
+        let response = self.0.get(url).send().await.map_err(unreachable)?;
+        if !response.status().is_success() {
+            return none(format!("it answers HTTP {}", response.status().as_u16()));
+        }
+        let body = match whole(response).await {
+            Ok(body) => body,
+            Err(Unread::Broken(error)) => return Err(unreachable(error)),
+            Err(error @ Unread::TooLong) => return none(error.to_string()),
+        };
+        match serde_json::from_slice::<Directory>(&body) {
+            Ok(_) => Ok(()),
+            Err(_) => none("what is there is not one".to_owned()),
+        }
     }
 }
 
@@ -64,14 +103,24 @@ async fn call(
     let mut answer = http::Response::new(());
     *answer.status_mut() = response.status();
     *answer.headers_mut() = std::mem::take(response.headers_mut());
+    let body = match whole(response).await {
+        Ok(body) => body,
+        // Whether it was the connection is looked for by type.
+        Err(Unread::Broken(error)) => return Err(error.into()),
+        Err(error @ Unread::TooLong) => return Err(error.into()),
+    };
+    Ok(BytesResponse::from(answer.map(|()| Full::new(body))))
+}
+
+async fn whole(mut response: reqwest::Response) -> Result<Bytes, Unread> {
     let mut bytes = BytesMut::new();
     while let Some(chunk) = response.chunk().await? {
         if bytes.len() + chunk.len() > MAX_ANSWER_BYTES {
-            return Err(TooLong.into());
+            return Err(Unread::TooLong);
         }
         bytes.extend_from_slice(&chunk);
     }
-    Ok(BytesResponse::from(answer.map(|()| Full::new(bytes.freeze()))))
+    Ok(bytes.freeze())
 }
 
 /// The roots in a file.

@@ -279,16 +279,45 @@ impl Acme {
         if let Some(account) = &*account {
             return Ok(account.clone());
         }
-        let stored = self.store.read(ACCOUNT_FILE).map_err(OrderError::Account)?;
+        self.http.check_directory(&self.options.directory_url).await?;
+        let stored = self.store.read(ACCOUNT_FILE).map_err(|error| self.unkept(error))?;
         let opened = match stored {
-            Some(bytes) => {
-                let credentials: AccountCredentials =
-                    serde_json::from_slice(&bytes).map_err(|error| OrderError::Account(error.into()))?;
-                Account::builder_with_http(Box::new(self.http.clone())).from_credentials(credentials).await?
-            }
+            Some(bytes) => self.stored_account(&bytes).await?,
+            None => None,
+        };
+        let opened = match opened {
+            Some(opened) => opened,
             None => self.new_account().await?,
         };
         Ok(account.insert(opened).clone())
+    }
+
+    /// The account that a file holds. A file that holds none is set aside: the CA
+    /// gives another to whoever asks.
+    async fn stored_account(&self, bytes: &[u8]) -> Result<Option<Account>, OrderError> {
+        use instant_acme::Error;
+        let why = match serde_json::from_slice::<AccountCredentials>(bytes) {
+            Err(error) => error.to_string(),
+            Ok(credentials) => {
+                let builder = Account::builder_with_http(Box::new(self.http.clone()));
+                match builder.from_credentials(credentials).await {
+                    Ok(account) => return Ok(Some(account)),
+                    // About what is in the file, and not about the CA.
+                    Err(error @ (Error::KeyRejected | Error::Crypto | Error::InvalidUri(_) | Error::Str(_))) => {
+                        error.to_string()
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        };
+        let path = self.store.path(ACCOUNT_FILE);
+        let aside = self.store.set_aside(ACCOUNT_FILE).await.map_err(|error| self.unkept(error))?;
+        tracing::warn!(path = %path.display(), why, kept = %aside.display(), "the account at the CA is damaged; another is made");
+        Ok(None)
+    }
+
+    fn unkept(&self, error: std::io::Error) -> OrderError {
+        OrderError::Account { path: self.store.path(ACCOUNT_FILE), error }
     }
 
     async fn new_account(&self) -> Result<Account, OrderError> {
@@ -299,8 +328,8 @@ impl Acme {
         let external = external.map(|external| ExternalAccountKey::new(external.key_id.clone(), &external.hmac_key));
         let (account, credentials) =
             builder.create(&request, self.options.directory_url.clone(), external.as_ref()).await?;
-        let bytes = serde_json::to_vec(&credentials).map_err(|error| OrderError::Account(error.into()))?;
-        self.store.write(ACCOUNT_FILE, bytes).await.map_err(OrderError::Account)?;
+        let bytes = serde_json::to_vec(&credentials).map_err(|error| self.unkept(error.into()))?;
+        self.store.write(ACCOUNT_FILE, bytes).await.map_err(|error| self.unkept(error))?;
         Ok(account)
     }
 

@@ -1,6 +1,7 @@
 //! One order: prove every name, then have the certificate issued. What was set
 //! up to prove them is taken down again, however the order ends.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -42,8 +43,14 @@ pub(crate) enum OrderError {
     Challenge { name: String, why: String },
     #[error("the certificate cannot be used: {0}")]
     Unusable(UnusableCertificate),
-    #[error("the account at the CA cannot be read or kept: {0}")]
-    Account(std::io::Error),
+    #[error("the account at the CA cannot be read or kept in {}: {error}", .path.display())]
+    Account { path: PathBuf, error: std::io::Error },
+    #[error("the CA cannot be reached at {url} (server.acme.directory_url): {}", causes(.error))]
+    Unreachable { url: String, error: reqwest::Error },
+    #[error(
+        "server.acme.directory_url: {url} is no CA's directory ({why}); compare it with the address that the CA publishes"
+    )]
+    NoDirectory { url: String, why: String },
     #[error("the server ends")]
     Closing,
 }
@@ -51,8 +58,12 @@ pub(crate) enum OrderError {
 impl OrderError {
     /// The CA does not know of the try.
     pub(super) fn is_unreachable(&self) -> bool {
-        let Self::Ca(instant_acme::Error::Other(error)) = self else { return false };
-        error.downcast_ref::<reqwest::Error>().is_some_and(|error| error.is_connect() || error.is_timeout())
+        let failed = match self {
+            Self::Unreachable { error, .. } => Some(error),
+            Self::Ca(instant_acme::Error::Other(error)) => error.downcast_ref::<reqwest::Error>(),
+            _ => None,
+        };
+        failed.is_some_and(|error| error.is_connect() || error.is_timeout())
     }
 
     /// What the hook said, if it was the hook.
@@ -220,11 +231,10 @@ fn plain_name(identifier: &Identifier) -> String {
     }
 }
 
-/// An error of the client with its causes: its first line is often only that a
-/// request failed.
-fn causes(error: &instant_acme::Error) -> String {
+/// An error with its causes: its first line is often only that a request failed.
+fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
-    let mut next = std::error::Error::source(error);
+    let mut next = error.source();
     while let Some(cause) = next {
         let more = cause.to_string();
         if !text.contains(&more) {

@@ -73,6 +73,16 @@ impl Store {
         .await
     }
 
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Takes a file that cannot be used out of the way; where it is now.
+    pub(super) async fn set_aside(&self, name: &str) -> io::Result<PathBuf> {
+        let (path, aside) = (self.dir.join(name), self.dir.join(format!("{name}.damaged")));
+        in_background(move || std::fs::rename(path, &aside).map(|()| aside)).await
+    }
+
     pub(super) async fn remove(&self, name: &str) -> io::Result<()> {
         let path = self.dir.join(name);
         in_background(move || std::fs::remove_file(path)).await
@@ -83,7 +93,7 @@ pub(super) fn certificate_file(wanted: &Wanted) -> String {
     format!("{}.pem", wanted.label)
 }
 
-async fn in_background(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+async fn in_background<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
 

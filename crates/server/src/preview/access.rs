@@ -4,7 +4,9 @@
 //! address, or the cookie that a browser gets for the latter. Whoever has none may
 //! still show an API key, which is the gate's to judge. Browsers
 //! are sent on to the address without the token, so that neither the page nor
-//! the places it links to ever see it.
+//! the places it links to ever see it. Where paths name previews there are no
+//! cookies; there browsers are sent on to a path that holds the token, so that
+//! what the page links to holds it too.
 
 use std::sync::Arc;
 
@@ -14,7 +16,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use stacyvm_api::{PortAccess, Timestamp};
 use stacyvm_engine::{Keys, StoredKey};
 
-use super::address::{Address, Domain};
+use super::address::{Address, Domain, path_prefix};
 use super::token::Signer;
 
 /// Parameter of an address that carries a token.
@@ -67,41 +69,69 @@ struct Good {
 pub(super) struct Door<'a> {
     pub(super) signer: &'a Signer,
     pub(super) keys: &'a Keys,
-    /// Cookies need a host of their own; without it there are none.
-    pub(super) domain: Option<&'a Domain>,
+    pub(super) name: Name<'a>,
     pub(super) now: Timestamp,
+}
+
+/// What names the preview.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Name<'a> {
+    Host(&'a Domain),
+    /// On a host that all previews share, where none of them can have a cookie.
+    Path {
+        token: Option<&'a str>,
+    },
 }
 
 impl Door<'_> {
     pub(super) fn decide(&self, head: &Parts, address: &Address, access: PortAccess) -> Decision {
-        // A page can read its own address, so that only what is sent on counts.
-        let tokens = if self.domain.is_some() { tokens_of(&head.uri) } else { Vec::new() };
+        let tokens = tokens_of(&head.uri);
         let good = |token: &[u8]| self.verify(token, address);
         let in_address = tokens.iter().find_map(|token| good(token.as_bytes()).map(|good| (*token, good)));
         let public = access == PortAccess::Public;
         if !tokens.is_empty() && is_navigation(head) && (public || in_address.is_some()) {
-            let cookie = in_address.and_then(|(token, good)| self.cookie(token, good.end));
-            return Decision::Exchange { location: without_token(&head.uri), cookie };
+            return self.exchange(&head.uri, address, in_address, access);
         }
         if public {
             return Decision::Admit { key: None };
         }
-        let header = head.headers.get(TOKEN_HEADER);
-        let shown = in_address.map(|(_, good)| good).or_else(|| header.and_then(|token| good(token.as_bytes())));
-        if let Some(Good { key, .. }) = shown {
+        let header = head.headers.get(TOKEN_HEADER).map(HeaderValue::as_bytes);
+        let in_path = match self.name {
+            Name::Host(_) => None,
+            Name::Path { token } => token.map(str::as_bytes),
+        };
+        let elsewhere = || [in_path, header].into_iter().flatten().find_map(good);
+        if let Some(Good { key, .. }) = in_address.map(|(_, good)| good).or_else(elsewhere) {
             return Decision::Admit { key };
         }
-        let Some(domain) = self.domain else {
-            return Decision::Refuse(if header.is_none() { Refusal::NoToken } else { Refusal::BadToken });
+        let nothing = tokens.is_empty() && header.is_none() && in_path.is_none();
+        let domain = match self.name {
+            Name::Host(domain) => domain,
+            Name::Path { .. } if nothing => return Decision::Refuse(Refusal::NoToken),
+            Name::Path { .. } => return Decision::Refuse(Refusal::BadToken),
         };
         let cookies = cookie_values(&head.headers);
         match (cookies.iter().find_map(|cookie| good(cookie)), is_own_page(head, address, domain)) {
             (Some(Good { key, .. }), true) => Decision::Admit { key },
             (Some(_), false) => Decision::Refuse(Refusal::ForeignPage),
-            (None, _) if tokens.is_empty() && header.is_none() && cookies.is_empty() => {
-                Decision::Refuse(Refusal::NoToken)
-            }
+            (None, _) if nothing && cookies.is_empty() => Decision::Refuse(Refusal::NoToken),
             (None, _) => Decision::Refuse(Refusal::BadToken),
+        }
+    }
+
+    /// Sends a browser on, with what opens the port from there.
+    fn exchange(&self, uri: &Uri, address: &Address, good: Option<(&str, Good)>, access: PortAccess) -> Decision {
+        match self.name {
+            Name::Host(_) => {
+                let cookie = good.and_then(|(token, good)| self.cookie(token, good.end));
+                Decision::Exchange { location: without_token(uri), cookie }
+            }
+            Name::Path { .. } => {
+                let token = good.filter(|_| access == PortAccess::Token).map(|(token, _)| token);
+                let path = format!("{}{}", path_prefix(address, token), guest_path(uri));
+                let location = HeaderValue::try_from(path).unwrap_or_else(|_| HeaderValue::from_static("/"));
+                Decision::Exchange { location, cookie: None }
+            }
         }
     }
 

@@ -2,13 +2,18 @@
 //!
 //! In `Host`: `{port}-{sandbox}.{domain}`, the form that SDKs print. An id may
 //! be written without its `sb-`, because the ids of E2B's SDKs have no dash. In
-//! the path, on a listener of its own: `/{sandbox}/{port}/…`.
+//! the path, on a listener of its own: `/{sandbox}/{port}/…`, or
+//! `/{sandbox}/{port}~{token}/…`, so that what a page links to carries the token
+//! that opened it.
 
 use http::uri::{Authority, PathAndQuery};
 use stacyvm_api::SandboxId;
 
 /// Begins every id that the engine makes.
 const ID_PREFIX: &str = "sb-";
+
+/// Between a port and the token that opens it. No token has one.
+const TOKEN_MARK: char = '~';
 
 /// One port of one sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -37,7 +42,14 @@ impl Domain {
         let is_label = |label: &str| {
             !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
         };
-        name.split('.').all(is_label).then_some(Self { name, port })
+        (name.split('.').all(is_label) && !is_address(&name)).then_some(Self { name, port })
+    }
+
+    /// A registry's, such as `co.uk`: names below it are those of strangers. What
+    /// its owner has had listed as one (`github.io`) may be this server's.
+    pub(crate) fn is_registrys(&self) -> bool {
+        psl::suffix(self.name.as_bytes())
+            .is_some_and(|suffix| suffix.typ() == Some(psl::Type::Icann) && suffix.as_bytes() == self.name.as_bytes())
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -71,7 +83,11 @@ impl Domain {
 /// A preview named by a path, and the path that is left.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum PathForm {
-    At(Address, PathAndQuery),
+    At {
+        address: Address,
+        token: Option<String>,
+        path: PathAndQuery,
+    },
     /// `/{sandbox}/{port}` without the slash: relative links would go wrong.
     NeedsSlash(String),
 }
@@ -80,20 +96,35 @@ impl PathForm {
     pub(crate) fn parse(path: &PathAndQuery) -> Option<Self> {
         let text = path.as_str();
         let mut parts = path.path().strip_prefix('/')?.splitn(3, '/');
-        let (id, port, rest) = (parts.next()?, parts.next()?, parts.next());
+        let (id, door, rest) = (parts.next()?, parts.next()?, parts.next());
+        let (port, token) = match door.split_once(TOKEN_MARK) {
+            Some((port, token)) => (port, Some(token.to_owned())),
+            None => (door, None),
+        };
         let address = Address { id: sandbox_id(id)?, port: port_number(port)? };
         // What is behind the first two segments, with its query.
-        let behind = &text[id.len() + port.len() + 2..];
+        let behind = &text[id.len() + door.len() + 2..];
         match rest {
-            Some(_) => Some(Self::At(address, behind.parse().ok()?)),
-            None => Some(Self::NeedsSlash(format!("/{id}/{port}/{behind}"))),
+            Some(_) => Some(Self::At { address, token, path: behind.parse().ok()? }),
+            None => Some(Self::NeedsSlash(format!("/{id}/{door}/{behind}"))),
         }
     }
 }
 
 /// What goes in front of a path on the listener for paths.
-pub(crate) fn path_prefix(address: &Address) -> String {
-    format!("/{}/{}", address.id, address.port)
+pub(crate) fn path_prefix(address: &Address, token: Option<&str>) -> String {
+    let Address { id, port } = address;
+    match token {
+        None => format!("/{id}/{port}"),
+        Some(token) => format!("/{id}/{port}{TOKEN_MARK}{token}"),
+    }
+}
+
+/// What URLs take for an IPv4 address (URL Standard, "ends in a number").
+fn is_address(name: &str) -> bool {
+    let last = name.rsplit('.').next().unwrap_or_default();
+    let hex = last.strip_prefix("0x").is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    hex || last.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 fn sandbox_id(text: &str) -> Option<SandboxId> {
@@ -165,18 +196,36 @@ mod tests {
         for text in ["", ".", "a..b", "http://a", "a/b", "a@b", "[::1]", "a:", "a:0", "a:http", "a:1:2", "*.a"] {
             assert_eq!(Domain::parse(text), None, "{text}");
         }
+        for address in ["10.0.0.1", "10.0.0.1:80", "127.1", "1", "a.7", "0x7f.1", "a.0x1f"] {
+            assert_eq!(Domain::parse(address), None, "{address}");
+        }
+    }
+
+    #[test]
+    fn domains_of_registries_are_told_apart() {
+        let is_registrys = |text: &str| Domain::parse(text).unwrap().is_registrys();
+        assert!(is_registrys("co.uk") && is_registrys("com") && is_registrys("CO.UK."));
+        for own in ["localhost", "internal", "example.com", "p.example.co.uk", "github.io"] {
+            assert!(!is_registrys(own), "{own}");
+        }
     }
 
     #[test]
     fn paths_name_a_port_of_a_sandbox() {
         let form = |path: &str| PathForm::parse(&path.parse().unwrap());
         let address = Address { id: ID.parse().unwrap(), port: 8080 };
-        let path = |rest: &str| Some(PathForm::At(address.clone(), rest.parse().unwrap()));
+        let at = |token: Option<&str>, rest: &str| {
+            let (address, token) = (address.clone(), token.map(str::to_owned));
+            Some(PathForm::At { address, token, path: rest.parse().unwrap() })
+        };
+        let path = |rest: &str| at(None, rest);
         assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080/"), path("/"));
         assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080/a/b?c=/d"), path("/a/b?c=/d"));
         assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080//a"), path("//a"));
-        let slash = PathForm::NeedsSlash("/sb-4f9k2m0x7c1v8b3n5q6w/8080/?x=/".to_owned());
-        assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080?x=/"), Some(slash));
+        let slash = |path: &str| Some(PathForm::NeedsSlash(path.to_owned()));
+        assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080?x=/"), slash("/sb-4f9k2m0x7c1v8b3n5q6w/8080/?x=/"));
+        assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080~80.9.A-_/a?b"), at(Some("80.9.A-_"), "/a?b"));
+        assert_eq!(form("/sb-4f9k2m0x7c1v8b3n5q6w/8080~t"), slash("/sb-4f9k2m0x7c1v8b3n5q6w/8080~t/"));
         for text in ["/", "/sb-4f9k2m0x7c1v8b3n5q6w", "/sb-4f9k2m0x7c1v8b3n5q6w/", "/a b/80/", "/A/1/", "/a/0/", "*"] {
             if let Ok(path) = text.parse::<PathAndQuery>() {
                 assert_eq!(PathForm::parse(&path), None, "{text}");

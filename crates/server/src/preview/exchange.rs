@@ -1,9 +1,10 @@
 //! One request to a guest and the head of its answer.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
@@ -11,15 +12,20 @@ use stacyvm_api::ErrorCode;
 use stacyvm_engine::{Engine, EngineError};
 use stacyvm_sandbox::SessionError;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::address::Address;
-use super::body::{Progress, RequestBody};
+use super::body::{Consent, Progress, RequestBody};
 use super::pool::{DialError, GuestConnection, MAX_HEAD_BYTES, MAX_HEADERS, Pool};
 use crate::error::ApiError;
 
 /// A guest that is asked for an answer, and to which nothing more is sent, has
 /// this long to begin it.
 const ANSWER_TIME: Duration = Duration::from_mins(5);
+
+/// Interim answers (RFC 9110 15.2) before the one that counts. Each costs this
+/// server's time and a guest nothing, and few servers send more than two.
+const MAX_INTERIM_ANSWERS: usize = 128;
 
 /// Why there is no answer to pass on.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +36,8 @@ pub(super) enum ExchangeError {
     Broken(#[source] hyper::Error),
     #[error("the guest did not answer in time")]
     Silent,
+    #[error("the guest sends interim answers without end")]
+    Endless,
 }
 
 /// An answer whose body is still coming on its connection.
@@ -47,23 +55,30 @@ pub(super) enum Connections {
     Fresh,
 }
 
+/// Where a request goes.
+pub(super) struct Way<'a> {
+    pub(super) pool: &'a Pool,
+    pub(super) engine: &'a Engine,
+    pub(super) address: &'a Address,
+    pub(super) connections: Connections,
+}
+
 /// Sends the request on a connection that was kept or on a new one. One that
 /// was kept may be closing just now: what the guest cannot have acted on, or may
 /// act on twice, is sent again on a new one.
 pub(super) async fn exchange(
-    pool: &Pool,
-    engine: &Engine,
-    address: &Address,
+    way: &Way<'_>,
     request: Request<RequestBody>,
-    connections: Connections,
+    consent: Option<&Consent>,
 ) -> Result<Exchanged, ExchangeError> {
+    let Way { pool, engine, address, connections } = *way;
     let progress = request.body().progress();
     let kept = if connections == Connections::Kept { pool.take(address) } else { None };
     let request = match kept {
         None => request,
         Some(connection) => {
             let again = repeatable(&request);
-            match send(connection, request, progress.as_ref()).await {
+            match send(connection, request, progress.as_ref(), consent).await {
                 Ok(exchanged) => return Ok(exchanged),
                 Err(Unsent { request: Some(request), .. }) => *request,
                 Err(Unsent { error, .. }) => match (again, error) {
@@ -74,7 +89,7 @@ pub(super) async fn exchange(
         }
     };
     let connection = pool.connect(engine, address).await?;
-    send(connection, request, progress.as_ref()).await.map_err(|unsent| unsent.error)
+    send(connection, request, progress.as_ref(), consent).await.map_err(|unsent| unsent.error)
 }
 
 /// A failed request, given back when nothing of it was written.
@@ -85,19 +100,25 @@ struct Unsent {
 
 async fn send(
     mut connection: GuestConnection,
-    request: Request<RequestBody>,
+    mut request: Request<RequestBody>,
     progress: Option<&Arc<Progress>>,
+    consent: Option<&Consent>,
 ) -> Result<Exchanged, Unsent> {
-    let silent = || Unsent { error: ExchangeError::Silent, request: None };
+    let failed = |error| Unsent { error, request: None };
+    let endless = watch_interim(&mut request, consent.cloned());
     let sent = {
         let sending = connection.sender.try_send_request(request);
         tokio::pin!(sending);
         loop {
-            match timeout(ANSWER_TIME, sending.as_mut()).await {
+            let sent = tokio::select! {
+                sent = timeout(ANSWER_TIME, sending.as_mut()) => sent,
+                () = endless.cancelled() => return Err(failed(ExchangeError::Endless)),
+            };
+            match sent {
                 Ok(sent) => break sent,
                 // An upload takes as long as it takes.
                 Err(_) if progress.is_some_and(|progress| progress.take_moved()) => {}
-                Err(_) => return Err(silent()),
+                Err(_) => return Err(failed(ExchangeError::Silent)),
             }
         }
     };
@@ -108,6 +129,24 @@ async fn send(
             Err(Unsent { error: ExchangeError::Broken(failed.into_error()), request })
         }
     }
+}
+
+/// Hears the interim answers to a request. What it returns is cancelled when
+/// there are too many of them.
+fn watch_interim(request: &mut Request<RequestBody>, consent: Option<Consent>) -> CancellationToken {
+    let endless = CancellationToken::new();
+    let (heard, count) = (endless.clone(), AtomicUsize::new(0));
+    hyper::ext::on_informational(request, move |interim| {
+        if interim.status() == StatusCode::CONTINUE
+            && let Some(consent) = &consent
+        {
+            consent.give();
+        }
+        if count.fetch_add(1, Ordering::Relaxed) >= MAX_INTERIM_ANSWERS {
+            heard.cancel();
+        }
+    });
+    endless
 }
 
 /// A copy of a request that changes nothing and has no body.
@@ -131,6 +170,13 @@ pub(super) fn failure(error: ExchangeError, address: &Address) -> ApiError {
         ExchangeError::Silent => ApiError::new(
             ErrorCode::GatewayTimeout,
             format!("what listens on port {port} of sandbox {id} did not answer within {} s", ANSWER_TIME.as_secs()),
+        ),
+        ExchangeError::Endless => ApiError::new(
+            ErrorCode::BadGateway,
+            format!(
+                "what listens on port {port} of sandbox {id} sent more than {MAX_INTERIM_ANSWERS} interim answers (1xx) \
+                 and none that counts"
+            ),
         ),
         ExchangeError::Broken(error) if error.is_parse_too_large() => ApiError::new(
             ErrorCode::BadGateway,

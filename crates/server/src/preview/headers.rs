@@ -109,6 +109,11 @@ pub(super) fn confine_page(headers: &mut HeaderMap) {
     headers.append(header::CONTENT_SECURITY_POLICY, SANDBOX_POLICY);
 }
 
+/// The address holds a token, which no other site is told.
+pub(super) fn keep_address(headers: &mut HeaderMap) {
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+}
+
 /// The protocols that a request may be upgraded to. Not HTTP/2: requests on
 /// such a connection would pass by everything here.
 pub(super) fn wanted_upgrade(headers: &HeaderMap) -> Option<HeaderValue> {

@@ -38,14 +38,14 @@ use stacyvm_engine::Engine;
 use crate::auth::{Authenticator, Identity};
 use crate::error::ApiError;
 use crate::options::{PreviewOptions, ServerOptions};
-use crate::{App, ServerError, gate};
+use crate::{App, Listener, ServerError, gate};
 pub(crate) use access::TOKEN_PARAMETER;
-use access::{Decision, Door, Refusal};
+use access::{Decision, Door, Name, Refusal};
 pub(crate) use address::{Address, Domain};
 use address::{PathForm, path_prefix};
 use body::{Consent, GuestBody, RequestBody};
 pub(crate) use exchange::dial_failure;
-use exchange::{Connections, Exchanged, exchange};
+use exchange::{Connections, Exchanged, Way, exchange};
 use headers::Origin;
 use pool::{Lease, Pool};
 use token::Signer;
@@ -62,6 +62,8 @@ pub(crate) struct Previews {
     /// Without one, only the listener for paths shows previews.
     domain: Option<Domain>,
     base: Option<Base>,
+    /// Where paths name previews.
+    paths: Option<Base>,
     pub(crate) signer: Signer,
     pub(crate) pool: Arc<Pool>,
 }
@@ -103,48 +105,96 @@ struct Base {
 }
 
 /// A request to a port and how it names it.
-struct Visit {
+struct Visit<'a> {
     address: Address,
     host: Authority,
     arrival: Arrival,
-    /// The front of the path that names the port, where the path does.
-    prefix: Option<String>,
+    name: Name<'a>,
+}
+
+/// A request whose host names a preview.
+pub(crate) struct Named<'a> {
+    domain: &'a Domain,
+    host: Authority,
+    address: Address,
 }
 
 /// A visit that may go on to its port.
 struct Admitted<'a> {
-    visit: &'a Visit,
+    visit: &'a Visit<'a>,
     /// Where it comes from.
     caller: IpAddr,
     /// Whose key opened the port, or made the link that did.
     identity: &'a Identity,
 }
 
-impl Previews {
-    /// `listener` is how this server's own listener is reached.
-    pub(crate) fn new(options: &ServerOptions, engine: &Engine, listener: (Scheme, u16)) -> Result<Self, ServerError> {
-        let PreviewOptions { domain, url, .. } = &options.preview;
-        let domain = domain
-            .as_ref()
-            .map(|text| Domain::parse(text).ok_or_else(|| ServerError::PreviewDomain(text.clone())))
-            .transpose()?;
-        let base = match (&domain, url) {
-            (None, _) => None,
-            (Some(domain), None) => Some(Base { scheme: listener.0, port: domain.port.unwrap_or(listener.1) }),
-            (Some(domain), Some(url)) => {
-                Some(Base::parse(url, domain).ok_or_else(|| ServerError::PreviewUrl(url.clone()))?)
+/// What no preview could be shown with.
+pub fn check_options(options: &PreviewOptions, port: u16) -> Result<(), ServerError> {
+    named_below(options)?;
+    match options.path_port {
+        Some(path_port) if path_port == port && port != 0 => Err(ServerError::PreviewPort(port)),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// The domain below which previews are, and where a proxy shows it.
+fn named_below(options: &PreviewOptions) -> Result<Option<(Domain, Option<Base>)>, ServerError> {
+    let PreviewOptions { domain, url, .. } = options;
+    let Some(text) = domain else {
+        return url.as_ref().map_or(Ok(None), |url| Err(ServerError::PreviewUrlAlone(url.clone())));
+    };
+    let domain = Domain::parse(text).ok_or_else(|| ServerError::PreviewDomain(text.clone()))?;
+    if domain.is_registrys() {
+        return Err(ServerError::PreviewDomainOfAll(text.clone()));
+    }
+    let shown = match url {
+        None => None,
+        Some(url) => Some(Base::parse(url, &domain).ok_or_else(|| ServerError::PreviewUrl(url.clone()))?),
+    };
+    Ok(Some((domain, shown)))
+}
+
+impl Visit<'_> {
+    /// The front of the path that names the port, where the path does. The token
+    /// in it is none of the guest's business.
+    fn guest_prefix(&self) -> Option<String> {
+        self.is_by_path().then(|| path_prefix(&self.address, None))
+    }
+
+    /// Makes a guest's head one that the browser may see.
+    fn show(&self, headers: &mut HeaderMap) {
+        match self.name {
+            Name::Host(_) => headers::for_browser(headers, None),
+            Name::Path { token } => {
+                headers::for_browser(headers, Some(&path_prefix(&self.address, token)));
+                if token.is_some() {
+                    headers::keep_address(headers);
+                }
             }
-        };
+        }
+    }
+
+    fn is_by_path(&self) -> bool {
+        matches!(self.name, Name::Path { .. })
+    }
+}
+
+impl Previews {
+    pub(crate) fn new(options: &ServerOptions, engine: &Engine, listener: Listener) -> Result<Self, ServerError> {
+        let (domain, shown) = named_below(&options.preview)?.unzip();
+        let own = |domain: &Domain| Base { scheme: listener.scheme, port: domain.port.unwrap_or(listener.port) };
+        let base = shown.flatten().or_else(|| domain.as_ref().map(own));
+        let paths = listener.preview_port.map(|port| Base { scheme: listener.scheme, port });
         let signer = Signer::new(engine.derived_key(token::KEY_PURPOSE));
-        Ok(Self { domain, base, signer, pool: Arc::default() })
+        Ok(Self { domain, base, paths, signer, pool: Arc::default() })
     }
 
     /// The preview that a request names by its host.
-    pub(crate) fn named<B>(&self, request: &Request<B>) -> Option<(Authority, Address)> {
+    pub(crate) fn named<B>(&self, request: &Request<B>) -> Option<Named<'_>> {
         let domain = self.domain.as_ref()?;
         let host = crate::edge::authority(request)?;
         let address = domain.address(&host)?;
-        Some((host, address))
+        Some(Named { domain, host, address })
     }
 
     /// What SDKs write behind `http://<port>-<id>.`, so that it leads here. With
@@ -155,15 +205,16 @@ impl Previews {
         Some(if is_usual { domain.name().to_owned() } else { format!("{}:{}", domain.name(), base.port) })
     }
 
-    /// Where browsers find a port, where they can.
-    pub(crate) fn url(&self, address: &Address) -> Option<String> {
-        let (domain, base) = (self.domain.as_ref()?, self.base?);
+    /// Where browsers find a port, where they can. Without a domain it is below
+    /// the host at which this server was reached.
+    pub(crate) fn url(&self, address: &Address, reached: Option<&Authority>) -> Option<String> {
         if address.port == AGENT_PORT {
             return None;
         }
-        let (scheme, host) = (base.scheme.name(), domain.host(address));
-        let port = if base.port == base.scheme.default_port() { String::new() } else { format!(":{}", base.port) };
-        Some(format!("{scheme}://{host}{port}/"))
+        if let Some((domain, base)) = self.domain.as_ref().zip(self.base) {
+            return Some(format!("{}/", base.origin(&domain.host(address))));
+        }
+        Some(format!("{}{}/", self.paths?.origin(reached?.host()), path_prefix(address, None)))
     }
 
     /// The scheme that browsers see: a proxy in front may have taken TLS off.
@@ -173,6 +224,11 @@ impl Previews {
 }
 
 impl Base {
+    fn origin(self, host: &str) -> String {
+        let port = if self.port == self.scheme.default_port() { String::new() } else { format!(":{}", self.port) };
+        format!("{}://{host}{port}", self.scheme.name())
+    }
+
     /// `https://preview.example.com`, of the domain that previews are below.
     fn parse(url: &str, domain: &Domain) -> Option<Self> {
         let url: Uri = url.parse().ok()?;
@@ -194,14 +250,9 @@ pub(crate) fn access(set: Option<PortAccess>, auth: &Authenticator) -> PortAcces
 }
 
 /// A request whose host names a preview.
-pub(crate) async fn by_host(
-    app: &App,
-    host: Authority,
-    address: Address,
-    arrival: Arrival,
-    request: Request<Incoming>,
-) -> Response {
-    serve(app, &Visit { address, host, arrival, prefix: None }, request).await
+pub(crate) async fn by_host(app: &App, named: Named<'_>, arrival: Arrival, request: Request<Incoming>) -> Response {
+    let Named { domain, host, address } = named;
+    serve(app, &Visit { address, host, arrival, name: Name::Host(domain) }, request).await
 }
 
 /// A request on the listener where paths name previews. What it answers is
@@ -209,8 +260,8 @@ pub(crate) async fn by_host(
 pub(crate) async fn by_path(app: &App, arrival: Arrival, mut request: Request<Incoming>) -> Response {
     let wants_page = page::wants_page(request.headers());
     let mut response = match named_by_path(app, &request) {
-        Ok((PathForm::At(address, path), host)) => {
-            let visit = Visit { prefix: Some(path_prefix(&address)), address, host, arrival };
+        Ok((PathForm::At { address, token, path }, host)) => {
+            let visit = Visit { address, host, arrival, name: Name::Path { token: token.as_deref() } };
             *request.uri_mut() = Uri::from(path);
             return serve(app, &visit, request).await;
         }
@@ -235,13 +286,13 @@ fn named_by_path(app: &App, request: &Request<Incoming>) -> Result<(PathForm, Au
     form.zip(host).ok_or_else(unknown)
 }
 
-async fn serve(app: &App, visit: &Visit, request: Request<Incoming>) -> Response {
+async fn serve(app: &App, visit: &Visit<'_>, request: Request<Incoming>) -> Response {
     let wants_page = page::wants_page(request.headers());
     match answer(app, visit, request).await {
         Ok(response) => response,
         Err(failure) => {
             let mut response = page::failure(wants_page, failure);
-            if visit.prefix.is_some() {
+            if visit.is_by_path() {
                 headers::confine_page(response.headers_mut());
             }
             response
@@ -249,22 +300,24 @@ async fn serve(app: &App, visit: &Visit, request: Request<Incoming>) -> Response
     }
 }
 
-async fn answer(app: &App, visit: &Visit, mut request: Request<Incoming>) -> Result<Response, ApiError> {
+async fn answer(app: &App, visit: &Visit<'_>, mut request: Request<Incoming>) -> Result<Response, ApiError> {
     let address = &visit.address;
     check_target(address, request.method())?;
     let access = access(app.engine.reachable_port(&address.id, address.port)?, &app.auth);
     let upgrade = hyper::upgrade::on(&mut request);
     let (head, body) = request.into_parts();
-    let door = Door {
-        signer: &app.previews.signer,
-        keys: app.engine.keys(),
-        domain: app.previews.domain.as_ref().filter(|_| visit.prefix.is_none()),
-        now: Timestamp::now(),
-    };
+    let (signer, keys) = (&app.previews.signer, app.engine.keys());
+    let door = Door { signer, keys, name: visit.name, now: Timestamp::now() };
     let caller = app.gate.caller(visit.arrival.peer, &head.headers);
     let identity = match door.decide(&head, address, access) {
         Decision::Admit { key } => key.map_or(Identity::NOBODY, Identity::Stored),
-        Decision::Exchange { location, cookie } => return Ok(page::redirect(location, cookie)),
+        Decision::Exchange { location, cookie } => {
+            let mut response = page::redirect(location, cookie);
+            if visit.is_by_path() {
+                headers::confine_page(response.headers_mut());
+            }
+            return Ok(response);
+        }
         Decision::Refuse(refusal) => match gate::visitor(app, &head, &visit.host, caller)? {
             Identity::Anonymous(_) => return Err(refused(refusal, address)),
             identity @ (Identity::Configured(_) | Identity::Stored(_)) => identity,
@@ -311,7 +364,7 @@ async fn forward(
     upgrade: OnUpgrade,
 ) -> Result<Response, ApiError> {
     let visit = admitted.visit;
-    let prefix = visit.prefix.as_deref();
+    let prefix = visit.guest_prefix();
     let wanted = if head.version == Version::HTTP_11 { headers::wanted_upgrade(&head.headers) } else { None };
     let consent = headers::lists(&head.headers, &header::EXPECT, "100-continue").then(Consent::default);
     let origin = Origin {
@@ -319,7 +372,7 @@ async fn forward(
         scheme: app.previews.scheme(visit.arrival),
         caller: admitted.caller,
         version: head.version,
-        prefix,
+        prefix: prefix.as_deref(),
     };
     headers::for_guest(&mut head.headers, &origin);
     if let Some(protocol) = &wanted {
@@ -329,15 +382,9 @@ async fn forward(
     *request.method_mut() = head.method;
     *request.uri_mut() = Uri::from(access::guest_path(&head.uri));
     *request.headers_mut() = head.headers;
-    if let Some(consent) = consent.clone() {
-        hyper::ext::on_informational(&mut request, move |interim| {
-            if interim.status() == StatusCode::CONTINUE {
-                consent.give();
-            }
-        });
-    }
     let connections = if wanted.is_some() { Connections::Fresh } else { Connections::Kept };
-    let exchanged = exchange(&app.previews.pool, &app.engine, &visit.address, request, connections).await;
+    let way = Way { pool: &app.previews.pool, engine: &app.engine, address: &visit.address, connections };
+    let exchanged = exchange(&way, request, consent.as_ref()).await;
     if let Some(consent) = consent {
         consent.settle();
     }
@@ -348,10 +395,10 @@ async fn forward(
     Ok(pass_back(app, visit, exchanged))
 }
 
-fn pass_back(app: &App, visit: &Visit, exchanged: Exchanged) -> Response {
+fn pass_back(app: &App, visit: &Visit<'_>, exchanged: Exchanged) -> Response {
     let Exchanged { response, connection, progress } = exchanged;
     let (mut head, incoming) = response.into_parts();
-    headers::for_browser(&mut head.headers, visit.prefix.as_deref());
+    visit.show(&mut head.headers);
     head.version = Version::HTTP_11;
     head.extensions.clear();
     let lease = Lease::new(Arc::clone(&app.previews.pool), visit.address.clone(), connection, progress);
@@ -381,7 +428,7 @@ fn switch(
     })?;
     let guest = hyper::upgrade::on(&mut response);
     let (mut head, _none) = response.into_parts();
-    headers::for_browser(&mut head.headers, visit.prefix.as_deref());
+    visit.show(&mut head.headers);
     headers::set_upgrade(&mut head.headers, protocol);
     head.version = Version::HTTP_11;
     head.extensions.clear();

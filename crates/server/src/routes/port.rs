@@ -14,7 +14,7 @@ use stacyvm_engine::{Caller, EngineError};
 
 use crate::App;
 use crate::error::ApiError;
-use crate::extract::{From, Json, Sandbox, SandboxPort, Who};
+use crate::extract::{From, Json, Reached, Sandbox, SandboxPort, Who};
 use crate::preview::{self, AGENT_PORT, Address, TOKEN_PARAMETER, dial_failure, relay};
 use crate::reply::Reply;
 
@@ -27,36 +27,48 @@ const FORWARD_PROTOCOL: HeaderValue = HeaderValue::from_static("stacyvm-forward"
 
 type Answer<T> = Result<Reply<T>, ApiError>;
 
-pub(super) async fn list(State(app): State<App>, From(caller): From, Sandbox(id): Sandbox) -> Answer<Vec<Port>> {
+pub(super) async fn list(
+    State(app): State<App>,
+    From(caller): From,
+    reached: Reached,
+    Sandbox(id): Sandbox,
+) -> Answer<Vec<Port>> {
     let listening = listening(&app, &caller, &id).await?;
     let ports = listening.into_iter().map(|port| {
         let address = Address { id: id.clone(), port };
-        describe(&app, &caller, &address, true)
+        describe(&app, &caller, &reached, &address, true)
     });
     Ok(Reply::ok(ports.collect::<Result<_, _>>()?))
 }
 
-pub(super) async fn get(State(app): State<App>, From(caller): From, SandboxPort(address): SandboxPort) -> Answer<Port> {
+pub(super) async fn get(
+    State(app): State<App>,
+    From(caller): From,
+    reached: Reached,
+    SandboxPort(address): SandboxPort,
+) -> Answer<Port> {
     let listening = listening(&app, &caller, &address.id).await?.contains(&address.port);
-    Ok(Reply::ok(describe(&app, &caller, &address, listening)?))
+    Ok(Reply::ok(describe(&app, &caller, &reached, &address, listening)?))
 }
 
 pub(super) async fn set(
     State(app): State<App>,
     From(caller): From,
+    reached: Reached,
     SandboxPort(address): SandboxPort,
     Json(request): Json<PortRequest>,
 ) -> Answer<Port> {
     check_own(&address)?;
     app.engine.set_port_access(&caller, &address.id, address.port, request.access).await?;
     let listening = listening(&app, &caller, &address.id).await?.contains(&address.port);
-    Ok(Reply::ok(describe(&app, &caller, &address, listening)?))
+    Ok(Reply::ok(describe(&app, &caller, &reached, &address, listening)?))
 }
 
 pub(super) async fn link(
     State(app): State<App>,
     From(caller): From,
     Who(identity): Who,
+    Reached(host): Reached,
     SandboxPort(address): SandboxPort,
     Json(request): Json<PortLinkRequest>,
 ) -> Answer<PortLink> {
@@ -68,9 +80,9 @@ pub(super) async fn link(
         let text = |span: Duration| stacyvm_api::Duration::from(span);
         return Err(ApiError::bad_request(format!("field `ttl`: it must be {} to {}", text(least), text(most))));
     }
-    let url = app.previews.url(&address).ok_or_else(|| {
-        ApiError::new(ErrorCode::Unsupported, "this server has no domain for previews")
-            .hint("set server.preview_domain, for example to localhost")
+    let url = app.previews.url(&address, host.as_ref()).ok_or_else(|| {
+        ApiError::new(ErrorCode::Unsupported, "this server has no previews")
+            .hint("set server.preview_domain, for example to localhost, or server.preview_port")
     })?;
     // Tokens end at whole seconds.
     let wanted = Timestamp::now() + ttl;
@@ -115,10 +127,16 @@ async fn listening(app: &App, caller: &Caller, id: &stacyvm_api::SandboxId) -> R
     Ok(session.ports().await.map_err(EngineError::from)?)
 }
 
-fn describe(app: &App, caller: &Caller, address: &Address, listening: bool) -> Result<Port, ApiError> {
+fn describe(
+    app: &App,
+    caller: &Caller,
+    reached: &Reached,
+    address: &Address,
+    listening: bool,
+) -> Result<Port, ApiError> {
     let set = app.engine.port_access(caller, &address.id, address.port)?;
     let access = preview::access(set, &app.auth);
-    Ok(Port { port: address.port, listening, access, url: app.previews.url(address) })
+    Ok(Port { port: address.port, listening, access, url: app.previews.url(address, reached.0.as_ref()) })
 }
 
 fn check_own(address: &Address) -> Result<(), ApiError> {

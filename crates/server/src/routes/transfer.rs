@@ -11,7 +11,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
 use stacyvm_api::{ErrorCode, FileInfo, StatusBody};
-use stacyvm_engine::{FileOperation, FileOperationKind};
+use stacyvm_engine::{EngineError, FileOperation, FileOperationKind};
 use stacyvm_sandbox::{ByteStream, SessionError, WriteOptions};
 use tokio::time::timeout;
 
@@ -103,7 +103,7 @@ pub(super) async fn download(
     if wanted.is_some() && length == 0 {
         return Err(not_satisfiable(size));
     }
-    let mut response = Body::from_stream(content.stream).into_response();
+    let mut response = Body::from_stream(begun(content.stream).await?).into_response();
     let response_headers = response.headers_mut();
     octets(response_headers, "application/octet-stream");
     response_headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
@@ -127,9 +127,25 @@ pub(super) async fn download_archive(
         .engine
         .file_operation(&caller, &id, operation, |session| async move { session.archive(&path).await })
         .await?;
-    let mut response = Body::from_stream(archive).into_response();
+    let mut response = Body::from_stream(begun(archive).await?).into_response();
     octets(response.headers_mut(), "application/x-tar");
     Ok(response)
+}
+
+/// A stream whose first piece is there: until then a failure can be told, and
+/// after that a connection can only break off.
+async fn begun(mut content: ByteStream) -> Result<ByteStream, ApiError> {
+    match content.next().await {
+        None => Ok(stream::empty().boxed()),
+        Some(Ok(first)) => Ok(stream::iter([Ok(first)]).chain(content).boxed()),
+        Some(Err(error @ SessionError::Unavailable(_))) => {
+            let message = "the sandbox's runtime promised content and broke off before any of it";
+            Err(ApiError::new(ErrorCode::BadGateway, message)
+                .hint("try again; `stacyvm providers` says whether its runtime works")
+                .because(&error))
+        }
+        Some(Err(error)) => Err(EngineError::from(error).into()),
+    }
 }
 
 /// What a `Range` header asks for.
@@ -207,6 +223,17 @@ mod tests {
     fn a_length_that_no_file_has_is_refused() {
         assert_eq!(length(&(2..5)).unwrap(), 3);
         assert_eq!(length(&(0..u64::MAX)).unwrap_err().into_response().status(), StatusCode::INTERNAL_SERVER_ERROR);
+    }
+
+    #[tokio::test]
+    async fn content_that_breaks_off_at_once_is_a_failure_that_can_be_told() {
+        let refused = |error| async { begun(stream::iter([Err(error)]).boxed()).await.err().unwrap().into_response() };
+        assert_eq!(refused(SessionError::Unavailable(None)).await.status(), StatusCode::BAD_GATEWAY);
+        assert_eq!(refused(SessionError::Gone).await.status(), StatusCode::NOT_FOUND);
+        let pieces = stream::iter([Ok("a".into()), Ok("b".into()), Err(SessionError::Gone)]).boxed();
+        let whole: Vec<_> = begun(pieces).await.unwrap().collect().await;
+        assert!(matches!(whole.as_slice(), [Ok(a), Ok(b), Err(SessionError::Gone)] if a == "a" && b == "b"));
+        assert!(begun(stream::empty().boxed()).await.unwrap().next().await.is_none());
     }
 
     #[test]

@@ -242,6 +242,46 @@ async fn an_account_that_the_ca_forgot_is_made_anew() {
 }
 
 #[tokio::test]
+async fn an_account_that_is_damaged_on_disk_is_made_anew() {
+    let (ca, state) = (Ca::running(CaOptions::default()).await, tempfile::tempdir().unwrap());
+    let options = |names: &[&str]| server(with_hook(ca.options(state.path(), names), ca.hook()));
+    let mut fixture = Fixture::with_options(options(&[API])).await;
+    let root = ca.root().await;
+    issued(fixture.address, API, &root).await;
+    for (damage, name) in [("{", STRANGER), ("no key", "other.example.test")] {
+        let account = files(state.path()).into_iter().find(|path| path.ends_with("account.json")).unwrap();
+        let damaged = match damage {
+            "no key" => {
+                let mut credentials: Value = serde_json::from_slice(&std::fs::read(&account).unwrap()).unwrap();
+                credentials["key_pkcs8"] = "AAAA".into();
+                credentials.to_string()
+            }
+            text => text.to_owned(),
+        };
+        std::fs::write(&account, &damaged).unwrap();
+        fixture = fixture.on_engine(ServerOptions { port: 0, ..options(&[name]) }).await;
+        issued(fixture.address, name, &root).await;
+        let aside = account.with_extension("json.damaged");
+        assert_eq!(std::fs::read_to_string(aside).unwrap(), damaged, "it is kept for whoever wonders");
+        assert_ne!(std::fs::read_to_string(&account).unwrap(), damaged);
+    }
+}
+
+#[tokio::test]
+async fn a_directory_that_is_none_is_told_with_its_setting() {
+    let (ca, state) = (Ca::running(CaOptions::default()).await, tempfile::tempdir().unwrap());
+    let good = with_hook(ca.options(state.path(), &[API]), ca.hook());
+    let page = good.directory_url.replace("/dir", "/no-such-page");
+    let closed = good.directory_url.replace(":14000", ":1");
+    for (url, said) in [(page, "is no CA's directory (it answers HTTP 404)"), (closed, "cannot be reached at")] {
+        let fixture = Fixture::with_options(server(AcmeOptions { directory_url: url.clone(), ..good.clone() })).await;
+        let error = troubles(fixture.address).await.remove(0);
+        assert!(error.contains(said) && error.contains(&url), "{error}");
+        assert!(error.contains("server.acme.directory_url"), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_ca_that_wants_an_account_of_the_operators_gets_it() {
     const KEY: [u8; 32] = [7; 32];
     let key = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc";

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::json;
 use stacyvm_engine::Caller;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::guest::{Guest, PORT, Preview};
 use crate::support::{BASE, Fixture, within};
@@ -78,6 +78,31 @@ async fn heads_are_bounded_and_what_is_no_http_is_said_so() {
     }
     let preview = Preview::of(&Guest::scripted(|mut talk, _| async move { drop(talk.head().await) }).await).await;
     assert_eq!(preview.request("GET", "/").send().await.failure(), (502, "BAD_GATEWAY".to_owned()));
+}
+
+#[tokio::test]
+async fn interim_answers_are_passed_over_and_end() {
+    let hints = "HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n";
+    let few = format!("HTTP/1.1 100 Continue\r\n\r\n{hints}{hints}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+    let preview = Preview::of(&Guest::answering(few).await).await;
+    assert_eq!(preview.request("GET", "/").send().await.text(), "ok");
+
+    let (stopped, has_stopped) = tokio::sync::oneshot::channel();
+    let stopped = std::sync::Mutex::new(Some(stopped));
+    let endless = Guest::scripted(move |mut talk, _| {
+        let stopped = stopped.lock().unwrap().take();
+        async move {
+            talk.head().await;
+            while talk.stream.write_all(hints.as_bytes()).await.is_ok() {}
+            stopped.map(|stopped| stopped.send(()));
+        }
+    })
+    .await;
+    let preview = Preview::of(&endless).await;
+    let answer = preview.request("GET", "/").send().await;
+    assert_eq!(answer.failure(), (502, "BAD_GATEWAY".to_owned()));
+    assert!(answer.json()["message"].as_str().unwrap().contains("interim answers"), "{answer:?}");
+    within(has_stopped).await.expect("the connection is closed");
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use serde_json::json;
 use stacyvm_server::{PreviewOptions, Secret, ServerOptions};
 
 use crate::guest::{Guest, PORT, Preview, field, previews};
-use crate::support::{Answer, Request};
+use crate::support::{Answer, Fixture, Request};
 
 const POLICY: &str = "sandbox allow-scripts allow-forms allow-popups allow-downloads";
 
@@ -78,16 +78,70 @@ async fn the_listener_shows_previews_and_nothing_else() {
     assert_eq!(main.failure().0, 404, "and the API's listener knows no such paths");
 }
 
+/// A server with a key and no names for previews.
+async fn without_a_domain(guest: &Guest) -> Preview {
+    let preview = PreviewOptions { path_port: Some(0), ..PreviewOptions::default() };
+    let options = ServerOptions { api_key: Secret::new("the-key"), preview, ..ServerOptions::default() };
+    Preview::on(guest, Fixture::with_options(options).await.with_key("the-key")).await
+}
+
 #[tokio::test]
-async fn a_token_counts_where_the_page_cannot_read_it() {
+async fn without_a_domain_addresses_and_links_are_paths() {
+    let preview = without_a_domain(&Guest::echoing().await).await;
+    let api = format!("/sandboxes/{}/ports/{PORT}", preview.id);
+    let paths = preview.fixture.preview_address.unwrap().port();
+    for host in ["127.0.0.1", "localhost", "[::1]"] {
+        let called = format!("{host}:{}", preview.fixture.address.port());
+        let port = preview.fixture.api("GET", &api).header("Host", &called).send().await.expect(200);
+        assert_eq!(port["url"], format!("http://{host}:{paths}{}", preview.path("/")));
+    }
+    let agent = preview.fixture.get(&format!("/sandboxes/{}/ports/49983", preview.id)).await.expect(200);
+    assert_eq!(agent.get("url"), None);
+    let link = preview.fixture.post(&format!("{api}/link"), &json!({})).await.expect(201);
+    let (url, token) = (link["url"].as_str().unwrap(), link["token"].as_str().unwrap());
+    assert_eq!(url, format!("http://127.0.0.1:{paths}{}?stacyvm_token={token}", preview.path("/")));
+
+    // A program is let in at once; a browser goes on to where the page's own
+    // links carry the token.
+    let stranger = |path: &str| preview.by_path("GET", path).header("X-API-Key", "");
+    let behind = url.split_once(&format!(":{paths}")).unwrap().1;
+    let opened = stranger(behind).send().await;
+    assert!(opened.status == 200 && !opened.text().contains(token), "{opened:?}");
+    let sent_on = stranger(&format!("{behind}&a=1")).header("Accept", "text/html").send().await;
+    let inside = format!("/{}/{PORT}~{token}/", preview.id);
+    assert_eq!((sent_on.status, sent_on.header("location")), (303, Some(format!("{inside}?a=1").as_str())));
+    assert_eq!((sent_on.header("set-cookie"), sent_on.header("referrer-policy")), (None, Some("no-referrer")));
+    is_confined(&sent_on);
+    let asset = stranger(&format!("{inside}style.css")).send().await;
+    assert!(asset.text().starts_with("GET /style.css HTTP/1.1") && !asset.text().contains(token), "{asset:?}");
+    assert_eq!(asset.header("referrer-policy"), Some("no-referrer"));
+    is_confined(&asset);
+    let other = stranger(&format!("/{}/8080~{token}/", preview.id)).send().await;
+    assert_eq!(other.failure(), (401, "UNAUTHORIZED".to_owned()), "it is of another port");
+    assert_eq!(stranger(&preview.path("/")).send().await.failure().0, 401);
+}
+
+#[tokio::test]
+async fn what_a_guest_sends_on_to_carries_the_token() {
+    let answer = "HTTP/1.1 302 Found\r\nLocation: /login\r\nReferrer-Policy: unsafe-url\r\nContent-Length: 0\r\n\r\n";
+    let preview = without_a_domain(&Guest::answering(answer).await).await;
+    let link = preview.fixture.post(&format!("/sandboxes/{}/ports/{PORT}/link", preview.id), &json!({})).await;
+    let token = link.expect(201)["token"].as_str().unwrap().to_owned();
+    let inside = format!("/{}/{PORT}~{token}", preview.id);
+    let answer = preview.by_path("GET", &format!("{inside}/")).header("X-API-Key", "").send().await;
+    assert_eq!((answer.status, answer.header("location")), (302, Some(format!("{inside}/login").as_str())));
+    assert_eq!(answer.header("referrer-policy"), Some("no-referrer"));
+}
+
+#[tokio::test]
+async fn cookies_open_nothing_and_headers_do() {
     let options = ServerOptions { api_key: Secret::new("the-key"), ..with_paths() };
     let guest = Guest::echoing().await;
-    let preview = Preview::on(&guest, crate::support::Fixture::with_options(options).await.with_key("the-key")).await;
+    let preview = Preview::on(&guest, Fixture::with_options(options).await.with_key("the-key")).await;
     let link = preview.fixture.post(&format!("/sandboxes/{}/ports/{PORT}/link", preview.id), &json!({})).await;
     let token = link.expect(201)["token"].as_str().unwrap().to_owned();
     let stranger = |path: &str| preview.by_path("GET", &preview.path(path)).header("X-API-Key", "");
     assert_eq!(stranger("/").send().await.failure().0, 401);
-    assert_eq!(stranger(&format!("/?stacyvm_token={token}")).send().await.failure().0, 401);
     let cookie = format!("__Host-stacyvm-preview={token}");
     assert_eq!(stranger("/").header("Cookie", &cookie).send().await.failure().0, 401);
     let opened = stranger("/").header("e2b-traffic-access-token", &token).send().await;

@@ -139,8 +139,12 @@ async fn previews_and_the_api_are_served_over_tls() {
     let mut plain = TcpStream::connect(preview.fixture.address).await.unwrap();
     plain.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();
-    within(plain.read_to_end(&mut answer)).await.ok();
-    assert!(!answer.starts_with(b"HTTP"), "plain HTTP is not spoken here");
+    within(plain.read_to_end(&mut answer)).await.unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let body: serde_json::Value = serde_json::from_str(body).unwrap();
+    assert!(head.starts_with("HTTP/1.1 400 ") && body["code"] == "BAD_REQUEST", "{answer}");
+    assert_eq!(body["message"], "this server speaks https");
 }
 
 #[tokio::test]

@@ -30,7 +30,7 @@ pub(super) struct LintArgs {
 }
 
 pub(super) fn run(context: &Context, args: &LintArgs) -> anyhow::Result<ExitCode> {
-    let loaded = config::load(args.file.as_deref(), &Environment::of_this_process());
+    let loaded = config::examine(args.file.as_deref(), &Environment::of_this_process(), &[]);
     let checks = config::lint(&loaded, Strictness::new(args.production));
     checks.show(context.output)?;
     Ok(checks.exit_code())

@@ -79,7 +79,7 @@ pub(crate) struct Suggestion {
 
 pub(crate) async fn run(context: &Context, args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let environment = Environment::of_this_process();
-    let loaded = args.place.load(&environment);
+    let loaded = args.place.examine(&environment);
     let strictness = Strictness::new(args.production);
     let diagnosis = diagnose(context, &loaded, &environment, strictness).await?;
     context.output.show(&diagnosis, |diagnosis| {
@@ -106,7 +106,7 @@ pub(crate) async fn diagnose(
             checks.extend(config::lint(loaded, strictness).into_iter().filter(shown));
             let dir = PlaceArgs::data_dir(found, environment)?;
             checks.extend(server::check(&found.config, &dir, environment, strictness));
-            checks.extend(server::port(&found.config, &dir, &context.client()?).await);
+            checks.extend(server::port(context, &found.config, &dir).await?);
             data_dir = Some(dir);
         }
     }

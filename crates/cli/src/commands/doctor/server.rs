@@ -1,6 +1,6 @@
 //! Whether a server could start here: its directory, its disk, its port.
 
-use std::net::{TcpListener, ToSocketAddrs as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -10,6 +10,7 @@ use stacyvm_client::Client;
 use stacyvm_server::{AcmeOptions, Life, StoredCertificate, stored_certificates};
 
 use crate::check::{Check, Strictness};
+use crate::commands::Context;
 use crate::commands::serve::{database, port_owner};
 use crate::config::{Config, Environment, acme_options};
 use crate::data_dir;
@@ -174,34 +175,46 @@ fn open_files() -> Check {
 }
 
 /// Whether the port is free, or a server of ours has it.
-pub(super) async fn port(config: &Config, dir: &Path, client: &Client) -> Vec<Check> {
+pub(super) async fn port(context: &Context, config: &Config, dir: &Path) -> anyhow::Result<Vec<Check>> {
     const NAME: &str = "server.port";
     let (host, port) = (config.server.host.trim_matches(['[', ']']), config.server.port);
     let Some(address) = (host, port).to_socket_addrs().ok().and_then(|mut addresses| addresses.next()) else {
         let message = format!("{host} is no address of this host");
-        return vec![Check::fail("server.host", message, "write 127.0.0.1, or an address of this host")];
+        return Ok(vec![Check::fail("server.host", message, "write 127.0.0.1, or an address of this host")]);
     };
     let Err(error) = TcpListener::bind(address) else {
-        return vec![Check::pass(NAME, format!("{address} is free"))];
+        return Ok(vec![Check::pass(NAME, format!("{address} is free"))]);
     };
     if error.kind() != std::io::ErrorKind::AddrInUse {
         let message = format!("cannot listen on {address}: {error}");
-        return vec![Check::fail(NAME, message, "pass another --port or --host")];
+        return Ok(vec![Check::fail(NAME, message, "pass another --port or --host")]);
     }
     let owner = port_owner(port);
     let ours = data_dir::holder(dir).and_then(|holder| holder.pid);
     match (&owner, ours) {
         (Some(owner), Some(pid)) if owner.ends_with(&format!("(process {pid})")) => {
-            vec![
+            let client = context.client_or(&own_address(config, address))?;
+            Ok(vec![
                 Check::pass(NAME, format!("the server of this data directory listens on {address}")),
-                ready(client).await,
-            ]
+                ready(&client).await,
+            ])
         }
         _ => {
             let by = owner.map(|owner| format!(" by {owner}")).unwrap_or_default();
-            vec![Check::fail(NAME, format!("{address} is taken{by}"), "stop what uses it, or pass another --port")]
+            let message = format!("{address} is taken{by}");
+            Ok(vec![Check::fail(NAME, message, "stop what uses it, or pass another --port")])
         }
     }
+}
+
+/// Where a server with this configuration answers on this machine.
+fn own_address(config: &Config, mut listener: SocketAddr) -> String {
+    let loopback: IpAddr = if listener.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    if listener.ip().is_unspecified() {
+        listener.set_ip(loopback);
+    }
+    let is_secure = config.acme.enabled || config.server.tls_cert_file.is_some();
+    format!("{}://{listener}", if is_secure { "https" } else { "http" })
 }
 
 async fn ready(client: &Client) -> Check {

@@ -10,13 +10,14 @@ use stacyvm_engine::{
 };
 use stacyvm_image::ImageStoreOptions;
 use stacyvm_server::{
-    AdminFallback, Authentication, PreviewOptions, ProbeAccess, RateLimitKey, RateLimitOptions, Secret, ServerOptions,
-    TlsFiles, TlsOptions,
+    AdminFallback, Authentication, ProbeAccess, RateLimitKey, RateLimitOptions, Secret, ServerOptions, TlsFiles,
+    TlsOptions,
 };
 
 use crate::commands::version;
 use crate::config::{
     Config, DatabaseDriver, Environment, OverflowMode, RateLimit, RateLimitBy, UnknownPolicy, acme_options,
+    preview_options,
 };
 use crate::data_dir::SECRET_BYTES;
 
@@ -106,11 +107,7 @@ pub(super) fn server(config: &Config, data_dir: &Path, environment: &Environment
         probes: if settings.public_probes { ProbeAccess::Public } else { ProbeAccess::Authenticated },
         allowed_hosts: settings.allowed_hosts.clone(),
         cors_origins: settings.cors_allowed_origins.clone(),
-        preview: PreviewOptions {
-            domain: non_blank(&settings.preview_domain),
-            url: non_blank(&settings.preview_url),
-            path_port: settings.preview_port,
-        },
+        preview: preview_options(settings),
         tls: tls(config, data_dir, environment),
         version: version::this(),
         shutdown_grace: settings.shutdown_timeout.get(),

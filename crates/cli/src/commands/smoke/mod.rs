@@ -126,7 +126,7 @@ impl Run<'_> {
         if steps::has_previews(sandbox).await {
             self.step("smoke.preview", steps::preview(sandbox)).await;
         } else {
-            let fix = "set server.preview_domain to have previews";
+            let fix = "set server.preview_domain or server.preview_port to have previews";
             let _ = self.end(Check::warn("smoke.preview", "not tried: this server has no previews", fix));
         }
     }

@@ -21,8 +21,11 @@ use crate::config::settings::{Settings, Source};
 pub(crate) fn lint(loaded: &Result<Loaded, ConfigError>, strictness: Strictness) -> Checks {
     match loaded {
         Ok(loaded) => {
-            let mut linter = Linter::new(&loaded.settings, strictness);
-            linter.checks.push(Check::pass("config", source_of(loaded)));
+            let mut linter = Linter::new(&loaded.settings, &loaded.faults, strictness);
+            if loaded.faults.is_empty() {
+                linter.checks.push(Check::pass("config", source_of(loaded)));
+            }
+            linter.checks.extend(loaded.faults.iter().map(failure));
             linter.checks.extend(loaded.warnings.iter().map(warning));
             linter.all();
             linter.checks
@@ -33,20 +36,19 @@ pub(crate) fn lint(loaded: &Result<Loaded, ConfigError>, strictness: Strictness)
 
 /// Why a configuration cannot be used: one failure for each problem.
 pub(crate) fn failures(error: &ConfigError) -> Checks {
-    const READ_MORE: &str = "correct it; `stacyvm config schema` and docs/configuration.md list every key";
     let checks = match error {
         ConfigError::Read { source, .. } => {
             vec![Check::fail("config", format!("{error}: {source}"), "name a readable file with --config")]
         }
-        ConfigError::Invalid(problems) => problems
-            .iter()
-            .map(|problem| {
-                let fix = problem.hint.clone().unwrap_or_else(|| READ_MORE.to_owned());
-                Check::fail("config", problem.message.clone(), fix).at(problem.place.clone())
-            })
-            .collect(),
+        ConfigError::Invalid(problems) => problems.iter().map(failure).collect(),
     };
     Checks(checks)
+}
+
+fn failure(problem: &Problem) -> Check {
+    const READ_MORE: &str = "correct it; `stacyvm config schema` and docs/configuration.md list every key";
+    let fix = problem.hint.clone().unwrap_or_else(|| READ_MORE.to_owned());
+    Check::fail("config", problem.message.clone(), fix).at(problem.place.clone())
 }
 
 fn source_of(loaded: &Loaded) -> String {
@@ -64,13 +66,14 @@ fn warning(problem: &Problem) -> Check {
 /// Rules and what they have found so far.
 pub(super) struct Linter<'a> {
     settings: &'a Settings,
+    faults: &'a [Problem],
     strictness: Strictness,
     checks: Checks,
 }
 
 impl<'a> Linter<'a> {
-    fn new(settings: &'a Settings, strictness: Strictness) -> Self {
-        Self { settings, strictness, checks: Checks::default() }
+    fn new(settings: &'a Settings, faults: &'a [Problem], strictness: Strictness) -> Self {
+        Self { settings, faults, strictness, checks: Checks::default() }
     }
 
     fn all(&mut self) {
@@ -84,8 +87,11 @@ impl<'a> Linter<'a> {
         self.runtimes();
     }
 
+    /// Nothing is to be said of the key, unless it is wrong in another way.
     fn pass(&mut self, key: &str, message: impl Into<String>) {
-        self.add(key, Check::pass(key, message));
+        if !self.faults.iter().any(|fault| fault.place == key) {
+            self.add(key, Check::pass(key, message));
+        }
     }
 
     /// Fine on one's own machine, a failure in production.

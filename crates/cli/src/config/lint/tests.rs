@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::check::Status;
-use crate::config::load::{Environment, load};
+use crate::config::load::{Environment, examine};
 use crate::config::settings::{Content, Value};
 
 const KEY: &str = "0123456789abcdef0123456789abcdef";
@@ -18,7 +18,7 @@ fn judge(yaml: &str, strictness: Strictness) -> Checks {
     std::fs::write(&file, yaml).unwrap();
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
     let environment = Environment { current_dir: dir.path().to_owned(), ..Environment::default() };
-    lint(&load(None, &environment), strictness)
+    lint(&examine(None, &environment, &[]), strictness)
 }
 
 /// Status of a check, both on one's own machine and in production.
@@ -105,6 +105,21 @@ fn certificates_of_a_ca_are_for_all_that_is_shown() {
         assert!(!checks.0.iter().any(|check| check.name == "server.port"), "{quiet}: {checks:#?}");
     }
     expect("config", WRONG, &yaml("", ", agree_terms: false").replace("agree_terms: true, ", ""));
+}
+
+#[test]
+fn what_no_server_starts_with_keeps_no_rule_from_being_looked_at() {
+    let acme = "{enabled: true, email: ops@example.com, agree_terms: true, names: [vm.example.com], \
+                dns_hook: /etc/hook, dns_hook_env: [UNSET_TOKEN]}";
+    let yaml = format!("server: {{host: 0.0.0.0, preview_domain: co.uk, acme: {acme}}}\nlogging: {{level: info}}");
+    let checks = judge(&yaml, Strictness::Production);
+    let faults: Vec<_> = checks.0.iter().filter(|check| check.name == "config").collect();
+    assert_eq!(faults.len(), 2, "{checks:#?}");
+    assert!(faults[0].message.contains("`co.uk`") && faults[1].message.contains("UNSET_TOKEN"), "{faults:#?}");
+    assert_eq!(faults[1].place.as_deref(), Some("server.acme.dns_hook_env"));
+    expect("server.host", WRONG, &yaml);
+    expect("auth.api_key", RISK, &yaml);
+    assert!(!checks.0.iter().any(|check| check.name == "server.preview_domain"), "it is no pass: {checks:#?}");
 }
 
 #[test]
@@ -200,7 +215,7 @@ fn judge_values(values: &[(&'static str, Content)]) -> BTreeMap<String, Status> 
         content: content.clone(),
     });
     let settings = Settings::of(values.collect());
-    let mut linter = Linter::new(&settings, Strictness::Production);
+    let mut linter = Linter::new(&settings, &[], Strictness::Production);
     linter.all();
     linter.checks.0.into_iter().map(|check| (check.name, check.status)).collect()
 }

@@ -5,6 +5,7 @@ mod errors;
 mod execution;
 mod images;
 mod keys;
+mod preview;
 mod sandboxes;
 mod terminal;
 

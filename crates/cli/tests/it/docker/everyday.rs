@@ -60,6 +60,22 @@ async fn preview(server: &Server, id: &str, port: u16) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// On gVisor want of memory ends all of a sandbox, its commands' connections
+/// first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_ends_its_sandbox_for_want_of_memory_says_so() {
+    let (site, daemon) = (Site::new(), Dockerd::shared());
+    let server = start(&site, daemon, &[("STACYVM_PROVIDERS_DOCKER_RUNTIME", "runsc")]).await;
+    let request = CreateRequest { allow_unenforced: Some(true), ..small() };
+    let sandbox = create(&server.client(), &request).await;
+    let error = sandbox.exec(&script("tail /dev/zero")).await.expect_err("its sandbox ends");
+    assert_eq!(error.code(), Some(ErrorCode::SandboxOom), "{error:?}");
+    let record = sandbox.get().await.expect("its record");
+    assert_eq!(record.reason.as_deref(), Some("it used up its memory and ended"));
+    sandbox.destroy().await.expect("destroyed");
+    assert_eq!(containers(&site, daemon), Vec::<String>::new());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_is_configured_in_the_file_and_reached_over_tls() {
     let (site, daemon) = (Site::new(), Dockerd::shared());

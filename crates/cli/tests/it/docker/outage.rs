@@ -26,9 +26,18 @@ async fn sandboxes_are_unavailable_without_their_daemon_and_recover_with_it() {
     let counting = unreached.exec_background(&script("while :; do date >> log; sleep 0.1; done")).await;
     counting.expect("it starts");
 
+    let doomed = create(&direct.client(), &small()).await;
+
     daemon.kill();
     let error = direct.client().create(&small()).await.expect_err("there is no daemon");
     assert_eq!(error.code(), Some(ErrorCode::Unavailable), "{error:?}");
+    let all = || async { direct.client().list_all(&ListQuery::default()).await.expect("listed") };
+    assert_eq!(all().await.len(), 2, "what was never made leaves nothing behind: {:?}", all().await);
+    // Nothing is said to be gone that is not.
+    let killed = direct.run(&["kill", doomed.id().as_str()]).await.failed(1);
+    assert!(killed.stdout().is_empty(), "{killed}");
+    killed.says("still there, in the state destroying").says("the server goes on trying");
+    assert_eq!(doomed.get().await.expect("its record").state, SandboxState::Destroying);
     until(&unreached, SandboxState::Unhealthy).await;
     let reason = unreached.get().await.expect("its record").reason.unwrap_or_default();
     assert!(reason.contains("does not answer"), "{reason}");
@@ -40,6 +49,8 @@ async fn sandboxes_are_unavailable_without_their_daemon_and_recover_with_it() {
     assert_eq!(reached.get().await.expect("its record").state, SandboxState::Running);
 
     daemon.restart();
+    eventually("what was ordered is done", async || doomed.get().await.is_err().then_some(())).await;
+    assert_eq!(direct.log().matches("could not be destroyed").count(), 1, "{}", direct.log());
     until(&unreached, SandboxState::Running).await;
     assert_eq!(sh(&unreached, "cat file; test -n \"$(find log -mmin -1)\"").await.stdout, "kept\n");
     assert_eq!(output(&reached, "cat file").await, "kept");

@@ -74,9 +74,12 @@ async fn after_a_kill_what_runs_is_taken_up_and_the_rest_is_settled() {
     .await;
     let vanishing = create(&client, &small()).await.id().clone();
     daemon.docker(&["rm", "--force", vanishing.as_str()]);
-    eventually("it is noticed that it was removed", async || {
-        let rows = client.list_all(&ListQuery::default()).await.expect("listed");
-        rows.iter().all(|row| row.id != vanishing || row.state == SandboxState::Error).then_some(())
+    eventually_equal("what was removed is destroyed", &Some("its runtime no longer has it".to_owned()), async || {
+        let live = client.list_all(&ListQuery::default()).await.expect("listed");
+        let state = live.into_iter().find(|row| row.id == vanishing).map(|row| row.state);
+        assert_ne!(state, Some(SandboxState::Error), "it did not fail");
+        let rows = client.list_all(&gone).await.expect("listed");
+        rows.into_iter().find(|row| row.id == vanishing).and_then(|row| row.reason)
     })
     .await;
     server.run(&["kill", "--all"]).await.ok();

@@ -117,7 +117,7 @@ impl Target for ServerTarget {
 
     async fn destroy(&self, id: &SandboxId) -> Result<(), TargetError> {
         let destroyed = self.client.sandbox(id.clone()).destroy().await;
-        destroyed.map_err(|error| target_error(error, "destroy", Some(id)))
+        destroyed.map(drop).map_err(|error| target_error(error, "destroy", Some(id)))
     }
 
     async fn list(&self) -> Result<Vec<SandboxId>, TargetError> {

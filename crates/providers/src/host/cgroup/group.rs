@@ -77,7 +77,7 @@ impl Reading {
             Controller::Memory => {
                 let droppable = field(group, "memory.stat", "total_inactive_file");
                 self.memory_bytes = number(group, "memory.usage_in_bytes").saturating_sub(droppable);
-                self.oom_kills = field(group, "memory.oom_control", "oom_kill");
+                self.oom_kills = oom_kills_v1(group);
             }
             Controller::CpuAccounting => self.cpu_usec = number(group, "cpuacct.usage") / 1000,
             Controller::Pids => self.add_pids(group),
@@ -90,7 +90,7 @@ impl Reading {
             Controller::Memory => {
                 let droppable = field(group, "memory.stat", "inactive_file");
                 self.memory_bytes = number(group, "memory.current").saturating_sub(droppable);
-                self.oom_kills = field(group, "memory.events", "oom_kill");
+                self.oom_kills = oom_kills_v2(group);
             }
             Controller::Cpu | Controller::CpuAccounting => self.cpu_usec = field(group, "cpu.stat", "usage_usec"),
             Controller::Pids => self.add_pids(group),
@@ -148,6 +148,14 @@ fn write_if_there(path: &Path, text: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+pub(super) fn oom_kills_v1(group: &Path) -> u64 {
+    field(group, "memory.oom_control", "oom_kill")
+}
+
+pub(super) fn oom_kills_v2(group: &Path) -> u64 {
+    field(group, "memory.events", "oom_kill")
 }
 
 fn number(group: &Path, file: &str) -> u64 {

@@ -187,6 +187,16 @@ impl Cgroups {
         reading
     }
 
+    /// Times the kernel killed in a sandbox for want of memory: one file's worth of
+    /// [`read`](Self::read).
+    pub(crate) fn oom_kills(&self, sandbox: &str) -> u64 {
+        match self.places.get(&Controller::Memory) {
+            Some(Place::V1(path)) => group::oom_kills_v1(&path.join(sandbox)),
+            Some(Place::V2(path)) => group::oom_kills_v2(&path.join(sandbox)),
+            None => 0,
+        }
+    }
+
     /// Sandboxes that have a group here, known or not.
     pub(crate) fn sandboxes(&self) -> Vec<String> {
         let mut names: Vec<String> = self
