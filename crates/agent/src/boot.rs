@@ -26,21 +26,22 @@ const FOREVER: Duration = Duration::from_hours(100 * 365 * 24);
 /// A uid that no image gives to anybody: the last of a sandbox's 65,536.
 pub(crate) const NOBODY_ELSE: u32 = 65_535;
 
-/// Who may look into this process's memory.
+/// Who looks at every system call of this program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Memory {
-    OwnOnly,
-    /// Also whoever traces it already; nobody else can attach then.
-    OfTracer,
+pub(crate) enum Tracer {
+    Nobody,
+    /// One that is no more than its user (PRoot), and pretends other users.
+    Launcher,
 }
 
 /// Before anything secret is in memory: unless a tracer needs it, no core dump,
-/// no `ptrace` and no reading of `/proc/PID` by the same user.
-pub(crate) fn harden(memory: Memory) {
+/// no `ptrace` and no reading of `/proc/PID` by the same user. Nobody else can
+/// attach to what has a tracer.
+pub(crate) fn harden(tracer: Tracer) {
     heap::keep_small();
     // SAFETY: prctl takes plain numbers here; umask cannot fail.
     unsafe {
-        if memory == Memory::OwnOnly {
+        if tracer == Tracer::Nobody {
             libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
         }
         libc::umask(0o022);
@@ -49,18 +50,20 @@ pub(crate) fn harden(memory: Memory) {
 
 /// Reads the configuration and serves on an inherited socket until the sandbox
 /// ends.
-pub(crate) fn serve() -> io::Result<()> {
+pub(crate) fn serve(tracer: Tracer) -> io::Result<()> {
     close_other_descriptors()?;
     fill_standard_descriptors()?;
     let listener = inherited_listener()?;
-    run(read_config()?, listener, Peers::Anybody)
+    run(read_config()?, listener, Peers::Anybody, tracer)
 }
 
 /// Serves until the sandbox ends.
-pub(crate) fn run(config: BootConfig, listener: StdUnixListener, peers: Peers) -> io::Result<()> {
+pub(crate) fn run(config: BootConfig, listener: StdUnixListener, peers: Peers, tracer: Tracer) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let open_files = raise_open_files();
-    stand_apart();
+    if tracer == Tracer::Nobody {
+        stand_apart();
+    }
     become_reaper();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -68,7 +71,7 @@ pub(crate) fn run(config: BootConfig, listener: StdUnixListener, peers: Peers) -
         .thread_keep_alive(FOREVER)
         .build()?;
     runtime.block_on(async {
-        let sandbox = Arc::new(Sandbox::new(config, open_files));
+        let sandbox = Arc::new(Sandbox::new(config, open_files, tracer));
         // The first thread exists before anything can use up the limit; nobody
         // waits until it runs.
         drop(tokio::task::spawn_blocking(|| ()));

@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use stacyvm_envd::boot::MAX_BOOT_BYTES;
 use stacyvm_envd::{BootConfig, BootRefusal, BootReply};
 
+use crate::boot::Tracer;
 use crate::serve::Peers;
 use crate::user::{self, Identity};
 use crate::{Failure, boot, kernel};
@@ -40,7 +41,7 @@ pub(crate) fn init(socket: &str) -> io::Result<()> {
     };
     answer(&BootReply::Ready(kernel::seen()))?;
     detach()?;
-    boot::run(config, listener, Peers::FromOutside)
+    boot::run(config, listener, Peers::FromOutside, Tracer::Nobody)
 }
 
 fn read_line() -> io::Result<Vec<u8>> {

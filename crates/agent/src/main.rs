@@ -35,7 +35,7 @@ mod web;
 
 use std::process::ExitCode;
 
-use crate::boot::Memory;
+use crate::boot::Tracer;
 use crate::failure::Failure;
 use crate::sandbox::Sandbox;
 
@@ -45,11 +45,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> =
         std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    // A tracer that is no more than its user (PRoot) must read this program's
-    // memory to do its work; everybody else must not.
-    boot::harden(if arguments == ["serve", "--traced"] { Memory::OfTracer } else { Memory::OwnOnly });
+    let tracer = if arguments == ["serve", "--traced"] { Tracer::Launcher } else { Tracer::Nobody };
+    boot::harden(tracer);
     let result = match arguments.as_slice() {
-        ["serve"] | ["serve", "--traced"] => boot::serve(),
+        ["serve"] | ["serve", "--traced"] => boot::serve(tracer),
         ["init", socket] => init::init(socket),
         ["connect", socket] => bridge::connect(socket),
         ["version"] => {

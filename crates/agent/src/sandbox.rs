@@ -11,6 +11,7 @@ use stacyvm_envd::{BootConfig, Role};
 use tokio::sync::watch;
 
 use crate::Failure;
+use crate::boot::Tracer;
 use crate::files::watch::Watchers;
 use crate::process::Processes;
 use crate::user::{self, Identity};
@@ -19,6 +20,7 @@ pub(crate) struct Sandbox {
     pub generation: u32,
     pub role: Role,
     pub shares_host_network: bool,
+    pub tracer: Tracer,
     pub processes: Arc<Processes>,
     pub watchers: Watchers,
     /// Milliseconds of Unix time; zero is never.
@@ -29,7 +31,7 @@ pub(crate) struct Sandbox {
     pub capabilities: Option<u64>,
     settings: Mutex<Settings>,
     /// Opened once, so that an image without `/dev` works too.
-    null: Option<OwnedFd>,
+    null: Option<Arc<OwnedFd>>,
 }
 
 struct Settings {
@@ -40,11 +42,12 @@ struct Settings {
 }
 
 impl Sandbox {
-    pub(crate) fn new(config: BootConfig, open_files: Option<libc::rlimit>) -> Self {
+    pub(crate) fn new(config: BootConfig, open_files: Option<libc::rlimit>, tracer: Tracer) -> Self {
         Self {
             generation: config.generation,
             role: config.role,
             shares_host_network: config.shares_host_network,
+            tracer,
             processes: Arc::default(),
             watchers: Watchers::default(),
             expires_at_unix_ms: watch::Sender::new(config.expires_at_unix_ms),
@@ -56,7 +59,7 @@ impl Sandbox {
                 default_user: config.default_user,
                 workdir: config.workdir,
             }),
-            null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok(),
+            null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok().map(Arc::new),
         }
     }
 
@@ -110,10 +113,10 @@ impl Sandbox {
     }
 
     /// Standard input that is at its end.
-    pub(crate) fn empty_input(&self) -> Result<OwnedFd, Errno> {
+    pub(crate) fn empty_input(&self) -> Result<Arc<OwnedFd>, Errno> {
         match &self.null {
-            Some(null) => rustix::io::fcntl_dupfd_cloexec(null, 3),
-            None => rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map(|(read, _write)| read),
+            Some(null) => Ok(Arc::clone(null)),
+            None => rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map(|(read, _write)| Arc::new(read)),
         }
     }
 }

@@ -6,7 +6,10 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::Failure;
 
@@ -18,6 +21,9 @@ const MAX_PATH_BYTES: usize = 4096;
 
 /// No more than this of either file is read.
 const MAX_DATABASE_BYTES: u64 = 1 << 20;
+
+/// More than the grain of any file system's clock (FAT: two seconds).
+const SETTLING_TIME: Duration = Duration::from_secs(3);
 
 /// A process has at most this many further groups.
 const MAX_GROUPS: usize = 256;
@@ -52,7 +58,7 @@ impl Identity {
 
 /// Finds a user by `name`, `uid`, `name:group` or `uid:gid`. A uid needs no entry.
 pub(crate) fn resolve(user: &str) -> Result<Identity, Failure> {
-    Database::read().resolve(user)
+    Database::current().resolve(user)
 }
 
 /// Does something on this thread with the file rights of a user.
@@ -103,10 +109,41 @@ impl Drop for Restore {
     }
 }
 
-/// Both files as they are now.
+/// What both files say.
 pub(crate) struct Database {
     users: Vec<User>,
     groups: Vec<Group>,
+}
+
+/// The database that was read last, and of which files.
+static LAST_READ: Mutex<Option<([Version; 2], Arc<Database>)>> = Mutex::new(None);
+
+/// Which content a file had. Two of the same version are the same, unless one
+/// of them is unsettled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    Missing,
+    Settled {
+        device: u64,
+        inode: u64,
+        size: u64,
+        changed: Duration,
+    },
+    /// So new that it can change again without another time of change.
+    Unsettled,
+}
+
+impl Version {
+    fn of(path: &str) -> Self {
+        let Ok(metadata) = std::fs::metadata(path) else { return Self::Missing };
+        let seconds = u64::try_from(metadata.ctime()).unwrap_or(0);
+        let changed = Duration::new(seconds, u32::try_from(metadata.ctime_nsec()).unwrap_or(0));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        if now < changed + SETTLING_TIME {
+            return Self::Unsettled;
+        }
+        Self::Settled { device: metadata.dev(), inode: metadata.ino(), size: metadata.size(), changed }
+    }
 }
 
 struct User {
@@ -123,8 +160,19 @@ struct Group {
 }
 
 impl Database {
-    pub(crate) fn read() -> Self {
-        Self::parse(&read_bounded(PASSWD), &read_bounded(GROUP))
+    /// As the files are now; they are read only if they have changed.
+    pub(crate) fn current() -> Arc<Self> {
+        let versions = [PASSWD, GROUP].map(Version::of);
+        let mut last = LAST_READ.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((read, database)) = &*last
+            && *read == versions
+            && !versions.contains(&Version::Unsettled)
+        {
+            return Arc::clone(database);
+        }
+        let database = Arc::new(Self::parse(&read_bounded(PASSWD), &read_bounded(GROUP)));
+        *last = Some((versions, Arc::clone(&database)));
+        database
     }
 
     fn parse(passwd: &str, group: &str) -> Self {

@@ -39,7 +39,7 @@ impl Reading {
             let file = open_regular(&path)?;
             let fail = |error: io::Error| Failure::file(&path, &error);
             let metadata = file.metadata().map_err(fail)?;
-            let mut entry = Entry::new(&path, &metadata, &crate::user::Database::read().names());
+            let mut entry = Entry::new(&path, &metadata, &crate::user::Database::current().names());
             let mut whole = None;
             if entry.size == 0 {
                 let mut bytes = Vec::new();

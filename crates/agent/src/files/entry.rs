@@ -36,7 +36,7 @@ impl Entry {
     /// The entry itself, not what a link points to.
     pub(crate) fn read(path: &Path) -> Result<Self, Failure> {
         let metadata = std::fs::symlink_metadata(path).map_err(|error| Failure::file(path, &error))?;
-        Ok(Self::new(path, &metadata, &Database::read().names()))
+        Ok(Self::new(path, &metadata, &Database::current().names()))
     }
 
     pub(crate) fn new(path: &Path, metadata: &Metadata, names: &Names) -> Self {

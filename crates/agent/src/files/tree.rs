@@ -28,7 +28,7 @@ pub(crate) enum Removal {
 
 /// Entries below a directory, in order of path.
 pub(crate) fn list(dir: &Path, depth: u32) -> Result<Vec<Entry>, Failure> {
-    let names = Database::read().names();
+    let names = Database::current().names();
     let mut entries = Vec::new();
     let mut waiting = vec![(dir.to_owned(), 1u32)];
     while let Some((dir, level)) = waiting.pop() {

@@ -4,7 +4,6 @@
 //! the watcher is told that changes were lost.
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
@@ -14,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
@@ -378,7 +378,8 @@ fn used_up(path: &Path, error: Errno) -> Failure {
 }
 
 fn register(fd: OwnedFd) -> Result<AsyncFd<OwnedFd>, Failure> {
-    crate::descriptor::watch_descriptor(fd).map_err(|error: io::Error| Failure::Internal(format!("inotify: {error}")))
+    crate::descriptor::watch_descriptor(fd, Interest::READABLE)
+        .map_err(|error| Failure::Internal(format!("inotify: {error}")))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

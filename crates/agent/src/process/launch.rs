@@ -12,13 +12,14 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
-use tokio::net::UnixStream;
+use tokio::io::Interest;
 use tokio::sync::Notify;
 
 use super::mark::Mark;
 use super::output::OutputKind;
-use super::run::{Pipes, read_report};
-use super::supervisor::{Plan, PlanOptions, Report, Step};
+use super::report::{Report, Reports, Step};
+use super::run::Pipes;
+use super::supervisor::{Plan, PlanOptions};
 use super::{Process, StartOptions, State, terminal};
 use crate::boot::NOBODY_ELSE;
 use crate::descriptor::watch_descriptor;
@@ -44,7 +45,7 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
     if identity.uid == NOBODY_ELSE {
         return Err(Failure::InvalidArgument(format!("uid {NOBODY_ELSE} is the agent's own; name another user")));
     }
-    let workdir = resolve_workdir(sandbox, options.workdir.as_deref(), &identity)?;
+    let workdir = Workdir::of(sandbox, options.workdir.as_deref(), &identity)?;
     let env = environment(sandbox, &options.env, &identity);
 
     let (stdio, mut ours) = Ours::open(sandbox, options, &identity).map_err(|error| out_of("open pipes", error))?;
@@ -56,29 +57,31 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
         candidates: candidates(program, env.get("PATH").map_or(DEFAULT_PATH, String::as_str))?,
         argv: options.argv.iter().map(|argument| c_string(argument)).collect::<Result<_, _>>()?,
         env: env.iter().map(|(name, value)| c_string(&format!("{name}={value}"))).collect::<Result<_, _>>()?,
-        workdir: c_string(&workdir)?,
+        workdir: c_string(&workdir.path)?,
         terminal: options.terminal.is_some(),
         foreground_of: ours.name.take(),
         mark,
         identity,
         stdio,
         reports: their_reports.into(),
+        tracer: sandbox.tracer,
         open_files: sandbox.open_files,
         capabilities: sandbox.capabilities,
     });
     let supervisor = plan.launch().map_err(|error| out_of("start a process", error))?;
-    let reports = UnixStream::from_std(reports).map_err(|error| out_of("watch a socket", error))?;
+    let reports = Reports::new(reports.into()).map_err(|error| out_of("watch a socket", error))?;
     let pid = match started(&reports).await {
         Ok(pid) => pid.unwrap_or(supervisor),
         Err((step, errno)) => return Err(refusal(program, &workdir, step, errno)),
     };
 
-    let watched = |fd| watch_descriptor(fd).map_err(|error| out_of("watch a pipe", error));
-    let terminal = ours.terminal.map(watched).transpose()?.map(Arc::new);
+    let watched = |fd, interest| watch_descriptor(fd, interest).map_err(|error| out_of("watch a pipe", error));
+    let both = Interest::READABLE | Interest::WRITABLE;
+    let terminal = ours.terminal.map(|fd| watched(fd, both)).transpose()?.map(Arc::new);
     let mut pipes = Pipes::new();
     for (kind, fd) in [(OutputKind::Stdout, ours.stdout), (OutputKind::Stderr, ours.stderr)] {
         if let Some(fd) = fd {
-            pipes.push((kind, Arc::new(watched(fd)?)));
+            pipes.push((kind, Arc::new(watched(fd, Interest::READABLE)?)));
         }
     }
     if let Some(terminal) = &terminal {
@@ -94,7 +97,7 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
         mark,
         is_init: sandbox.is_init(),
         reports: Mutex::new(Some(Arc::new(reports))),
-        stdin: tokio::sync::Mutex::new(ours.stdin.map(watched).transpose()?),
+        stdin: tokio::sync::Mutex::new(ours.stdin.map(|fd| watched(fd, Interest::WRITABLE)).transpose()?),
         waiting_inputs: AtomicUsize::new(0),
         terminal,
         state: Mutex::new(State::default()),
@@ -110,10 +113,10 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
 /// Whoever may (`kill -9 -1`) can kill the supervisor before it says so. Then
 /// the command has started as far as its own side told, and ends as one that was
 /// killed; `None` if it was killed before its program ran.
-async fn started(reports: &UnixStream) -> Result<Option<i32>, (Step, i32)> {
+async fn started(reports: &Reports) -> Result<Option<i32>, (Step, i32)> {
     let mut starting = None;
     loop {
-        match read_report(reports).await {
+        match reports.next().await {
             Some(Report::Starting { pid }) => starting = Some(pid),
             Some(Report::Started { pid }) => return Ok(Some(pid)),
             Some(Report::Refused { step, errno }) => return Err((step, errno)),
@@ -134,24 +137,25 @@ struct Ours {
 }
 
 impl Ours {
-    fn open(sandbox: &Sandbox, options: &StartOptions, identity: &Identity) -> io::Result<([OwnedFd; 3], Self)> {
+    fn open(sandbox: &Sandbox, options: &StartOptions, identity: &Identity) -> io::Result<([Arc<OwnedFd>; 3], Self)> {
         if let Some(size) = options.terminal {
             let (ours, theirs) = terminal::open(size, identity)?;
-            let stdio = [theirs.try_clone()?, theirs.try_clone()?, theirs];
+            let theirs = Arc::new(theirs);
+            let stdio = [Arc::clone(&theirs), Arc::clone(&theirs), theirs];
             let name = kernel::is_gvisor().then(|| rustix::pty::ptsname(&ours, Vec::new())).transpose()?;
             return Ok((stdio, Self { terminal: Some(ours), name, ..Self::default() }));
         }
         let (stdin_read, stdin) = if options.stdin {
             let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
             rustix::fs::fcntl_setfl(&write, OFlags::NONBLOCK)?;
-            (read, Some(write))
+            (Arc::new(read), Some(write))
         } else {
             (sandbox.empty_input()?, None)
         };
         let (stdout, stdout_write) = output_pipe()?;
         let (stderr, stderr_write) = output_pipe()?;
         let ours = Self { stdin, stdout: Some(stdout), stderr: Some(stderr), ..Self::default() };
-        Ok(([stdin_read, stdout_write, stderr_write], ours))
+        Ok(([stdin_read, Arc::new(stdout_write), Arc::new(stderr_write)], ours))
     }
 }
 
@@ -161,39 +165,41 @@ fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
     Ok((read, write))
 }
 
-/// Checked before the fork: afterwards a missing directory and a missing
-/// program look alike.
-fn resolve_workdir(sandbox: &Sandbox, asked: Option<&str>, identity: &Identity) -> Result<String, Failure> {
-    let Some(asked) = asked.filter(|asked| !asked.is_empty()) else {
-        return default_workdir(&sandbox.workdir(), identity);
-    };
-    let path = identity.resolve_path(asked)?;
-    match std::fs::metadata(&path) {
-        Ok(found) if found.is_dir() => path
-            .into_os_string()
-            .into_string()
-            .map_err(|_| Failure::InvalidArgument("the working directory is not UTF-8".to_owned())),
-        Ok(_) => Err(Failure::InvalidArgument(format!("the working directory is not a directory: {}", path.display()))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Err(Failure::InvalidArgument(format!("the working directory does not exist: {}", path.display())))
-        }
-        Err(error) => Err(Failure::file(&path, &error)),
-    }
+/// Where a command starts. Whether it can is found out by going there.
+struct Workdir {
+    path: String,
+    /// The sandbox's own, which was there when it began. Running somewhere else
+    /// would put files where nobody looks for them.
+    is_default: bool,
 }
 
-/// The sandbox's own directory was there when it began. Running somewhere else
-/// would put files where nobody looks for them.
-fn default_workdir(workdir: &str, identity: &Identity) -> Result<String, Failure> {
-    if workdir.is_empty() {
-        let home = Some(identity.home.as_str()).filter(|home| Path::new(home).is_dir());
-        return Ok(home.unwrap_or("/").to_owned());
+impl Workdir {
+    fn of(sandbox: &Sandbox, asked: Option<&str>, identity: &Identity) -> Result<Self, Failure> {
+        if let Some(asked) = asked.filter(|asked| !asked.is_empty()) {
+            let path = identity.resolve_path(asked)?.to_string_lossy().into_owned();
+            return Ok(Self { path, is_default: false });
+        }
+        let mut path = sandbox.workdir();
+        if path.is_empty() {
+            let home = Some(identity.home.as_str()).filter(|home| Path::new(home).is_dir());
+            path = home.unwrap_or("/").to_owned();
+        }
+        Ok(Self { path, is_default: true })
     }
-    if Path::new(workdir).is_dir() {
-        return Ok(workdir.to_owned());
+
+    fn refusal(&self, error: Errno) -> Failure {
+        let path = &self.path;
+        Failure::InvalidArgument(match error {
+            Errno::ACCESS => return Failure::FileForbidden(path.clone()),
+            Errno::NOENT | Errno::NOTDIR if self.is_default => format!(
+                "the sandbox's working directory {path} is gone; name another one as `workdir`, such as `/`, or make \
+                 it again"
+            ),
+            Errno::NOENT => format!("the working directory does not exist: {path}"),
+            Errno::NOTDIR => format!("the working directory is not a directory: {path}"),
+            error => format!("the working directory {path}: {error}"),
+        })
     }
-    Err(Failure::InvalidArgument(format!(
-        "the sandbox's working directory {workdir} is gone; name another one as `workdir`, such as `/`, or make it again"
-    )))
 }
 
 fn environment(sandbox: &Sandbox, asked: &BTreeMap<String, String>, identity: &Identity) -> BTreeMap<String, String> {
@@ -225,7 +231,7 @@ fn c_string(text: &str) -> Result<CString, Failure> {
     CString::new(text).map_err(|_| Failure::InvalidArgument("arguments cannot contain a zero byte".to_owned()))
 }
 
-fn refusal(program: &str, workdir: &str, step: Step, errno: i32) -> Failure {
+fn refusal(program: &str, workdir: &Workdir, step: Step, errno: i32) -> Failure {
     let error = Errno::from_raw_os_error(errno);
     match (step, error) {
         (Step::Fork, error) => out_of("start a process", error),
@@ -240,8 +246,7 @@ fn refusal(program: &str, workdir: &str, step: Step, errno: i32) -> Failure {
         (Step::Exec, Errno::TOOBIG) => {
             Failure::InvalidArgument("the arguments and the environment are too long".to_owned())
         }
-        (Step::Workdir, Errno::ACCESS) => Failure::FileForbidden(workdir.to_owned()),
-        (Step::Workdir, error) => Failure::InvalidArgument(format!("the working directory {workdir}: {error}")),
+        (Step::Workdir, error) => workdir.refusal(error),
         // No such number in this user namespace, or (with but one) no groups.
         (Step::User, Errno::INVAL | Errno::PERM) => Failure::InvalidArgument(
             "this sandbox has too few uids for that user; the runtime's health says how to have more".to_owned(),
@@ -276,7 +281,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_supervisor_that_is_killed_does_not_hide_what_started() {
-        use tokio::io::AsyncWriteExt as _;
+        use std::io::Write as _;
         let (refused, killed) = (Report::Refused { step: Step::Exec, errno: libc::ENOENT }, None);
         for (reports, expected) in [
             (vec![Report::Starting { pid: 7 }, Report::Started { pid: 7 }], Ok(Some(7))),
@@ -284,18 +289,21 @@ mod tests {
             (vec![Report::Starting { pid: 7 }, refused], Err((Step::Exec, libc::ENOENT))),
             (vec![], Ok(killed)),
         ] {
-            let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+            let (ours, mut theirs) = StdUnixStream::pair().expect("a pair");
+            ours.set_nonblocking(true).expect("not blocking");
             for report in &reports {
-                theirs.write_all(&report.encode()).await.expect("sent");
+                theirs.write_all(&report.encode()).expect("sent");
             }
             drop(theirs);
+            let ours = Reports::new(ours.into()).expect("watched");
             assert_eq!(started(&ours).await, expected, "{reports:?}");
         }
     }
 
     #[test]
     fn refusals_say_what_is_used_up() {
-        let refused = |step, errno: Errno| refusal("x", "/w", step, errno.raw_os_error());
+        let workdir = Workdir { path: "/w".to_owned(), is_default: true };
+        let refused = |step, errno: Errno| refusal("x", &workdir, step, errno.raw_os_error());
         assert_eq!(refused(Step::Fork, Errno::AGAIN), Failure::PidsExhausted);
         assert_eq!(refused(Step::Fork, Errno::NOMEM), Failure::MemoryExhausted);
         assert!(matches!(refused(Step::Exec, Errno::NOENT), Failure::CommandNotFound(_)));

@@ -19,6 +19,7 @@ mod launch;
 mod mark;
 mod output;
 mod reader;
+mod report;
 mod run;
 mod supervisor;
 mod terminal;
@@ -32,7 +33,6 @@ use bytes::Bytes;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::unix::AsyncFd;
-use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -44,6 +44,7 @@ use self::foreground::Typed;
 use self::kill::Tree;
 use self::mark::Mark;
 use self::output::OutputBuffer;
+use self::report::Reports;
 use crate::console::Console;
 use crate::{Failure, Sandbox, kernel};
 
@@ -119,7 +120,7 @@ pub(crate) struct Process {
     mark: Option<Mark>,
     is_init: bool,
     /// Closing it lets the supervisor go; whoever kills holds it open.
-    reports: Mutex<Option<Arc<UnixStream>>>,
+    reports: Mutex<Option<Arc<Reports>>>,
     stdin: tokio::sync::Mutex<Option<AsyncFd<OwnedFd>>>,
     waiting_inputs: std::sync::atomic::AtomicUsize,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,

@@ -7,12 +7,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
-use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::output::{MAX_BUFFER_BYTES, OutputKind};
-use super::supervisor::{REPORT_BYTES, Report};
+use super::report::Report;
 use super::{DRAIN_TIME, Exit, Phase, Process, Processes, STALL_PATIENCE, lock};
 use crate::console::Source;
 
@@ -68,7 +67,7 @@ struct Pump {
 /// Waits for the main process; kills the tree at the deadline.
 async fn wait(process: &Arc<Process>, deadline: Option<Instant>) -> Option<i32> {
     let reports = lock(&process.reports).clone()?;
-    let ended = read_report(&reports);
+    let ended = reports.next();
     tokio::pin!(ended);
     if let Some(deadline) = deadline {
         tokio::select! {
@@ -88,21 +87,6 @@ fn ended_status(report: Option<Report>) -> Option<i32> {
         // The supervisor is gone: somebody inside killed it.
         None | Some(Report::Starting { .. } | Report::Started { .. } | Report::Refused { .. }) => None,
     }
-}
-
-pub(super) async fn read_report(reports: &UnixStream) -> Option<Report> {
-    let mut bytes = [0u8; REPORT_BYTES];
-    let mut filled = 0;
-    while filled < REPORT_BYTES {
-        reports.readable().await.ok()?;
-        match reports.try_read(&mut bytes[filled..]) {
-            Ok(0) => return None,
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(_) => return None,
-        }
-    }
-    Report::decode(bytes)
 }
 
 fn finish(process: &Process, status: Option<i32>) {
@@ -136,6 +120,8 @@ async fn pump(
     let source = Source::from(process.pid) << 1 | u64::from(kind == OutputKind::Stderr);
     let mut buffer: Vec<u8> = Vec::new();
     let mut last_bytes = None;
+    // Hardly a command has written anything by now.
+    wait_while_running(&process, &pipe).await;
     loop {
         let phase = lock(&process.state).phase;
         let draining = phase == Phase::Draining;
@@ -211,15 +197,22 @@ async fn until_ended(process: &Process) {
 
 /// Until there is something to read, or the command has ended.
 async fn wait_readable(process: &Process, pipe: &AsyncFd<OwnedFd>) {
-    let changed = process.phase_changed.notified();
-    if lock(&process.state).phase == Phase::Running {
-        tokio::select! {
-            ready = pipe.readable() => clear(ready),
-            () = changed => {}
-        }
-    } else {
+    if !wait_while_running(process, pipe).await {
         clear(pipe.readable().await);
     }
+}
+
+/// The same of a command that runs; false, at once, of one that does not.
+async fn wait_while_running(process: &Process, pipe: &AsyncFd<OwnedFd>) -> bool {
+    let changed = process.phase_changed.notified();
+    if lock(&process.state).phase != Phase::Running {
+        return false;
+    }
+    tokio::select! {
+        ready = pipe.readable() => clear(ready),
+        () = changed => {}
+    }
+    true
 }
 
 /// The next read finds out by itself; the readiness is only a wake-up.

@@ -22,15 +22,14 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::ptr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use super::mark::Mark;
+use super::report::{Report, Step};
 use super::{capabilities, foreground};
+use crate::boot::Tracer;
 use crate::user::Identity;
-
-/// Length of one report on the connection.
-pub(crate) const REPORT_BYTES: usize = 12;
 
 /// The command, and only it, starts with this much more oom score than the agent.
 const OOM_SCORE_RAISE: i32 = 500;
@@ -42,77 +41,10 @@ const CHILD_STACK_BYTES: usize = 32 << 10;
 /// The supervisor's end of the connection to the agent.
 const REPORT_FD: c_int = 3;
 
+const MAX_FD: c_int = c_int::MAX;
+
 /// Highest descriptor closed one by one where `close_range` is not available.
 const MAX_CLOSED_FD: c_int = 65_536;
-
-/// What the supervisor says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Report {
-    /// By the command's side, right before its program runs: from then on it can
-    /// kill the supervisor before that says anything.
-    Starting {
-        pid: i32,
-    },
-    Started {
-        pid: i32,
-    },
-    /// The command was never started.
-    Refused {
-        step: Step,
-        errno: i32,
-    },
-    /// Wait status of the command.
-    Ended {
-        status: i32,
-    },
-}
-
-/// Where starting a command can fail.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
-    Fork,
-    Session,
-    Terminal,
-    User,
-    Workdir,
-    Exec,
-}
-
-impl Report {
-    pub(crate) fn decode(bytes: [u8; REPORT_BYTES]) -> Option<Self> {
-        let word = |at: usize| Some(i32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
-        let (kind, first, second) = (word(0)?, word(4)?, word(8)?);
-        Some(match kind {
-            1 => Self::Started { pid: first },
-            2 => Self::Refused { step: Step::from_code(first)?, errno: second },
-            3 => Self::Ended { status: first },
-            4 => Self::Starting { pid: first },
-            _ => return None,
-        })
-    }
-
-    pub(super) fn encode(self) -> [u8; REPORT_BYTES] {
-        let (kind, first, second) = match self {
-            Self::Started { pid } => (1, pid, 0),
-            Self::Refused { step, errno } => (2, step as i32, errno),
-            Self::Ended { status } => (3, status, 0),
-            Self::Starting { pid } => (4, pid, 0),
-        };
-        let mut bytes = [0; REPORT_BYTES];
-        bytes[..4].copy_from_slice(&i32::to_ne_bytes(kind));
-        bytes[4..8].copy_from_slice(&i32::to_ne_bytes(first));
-        bytes[8..].copy_from_slice(&i32::to_ne_bytes(second));
-        bytes
-    }
-}
-
-impl Step {
-    fn from_code(code: i32) -> Option<Self> {
-        [Self::Fork, Self::Session, Self::Terminal, Self::User, Self::Workdir, Self::Exec]
-            .into_iter()
-            .find(|step| *step as i32 == code)
-    }
-}
 
 /// Everything both programs need, prepared before the fork.
 pub(crate) struct Plan {
@@ -123,20 +55,44 @@ pub(crate) struct Plan {
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
-    /// The command runs as who the agent is; where the kernel then refuses
-    /// `setgroups` (a user namespace of an ordinary user), nothing is lost.
-    same_user: bool,
+    user: UserChange,
     terminal: bool,
     foreground_of: Option<CString>,
     oom_score: &'static [u8],
     open_files: Option<libc::rlimit>,
     capabilities: Option<u64>,
     stack: Vec<u8>,
-    stdio: [OwnedFd; 3],
+    stdio: [Arc<OwnedFd>; 3],
     reports: OwnedFd,
-    /// Written by the command's side, read by the supervisor, which shares its
-    /// memory until the exec.
+    /// Written by the kernel before the command's side runs, which shares the
+    /// supervisor's memory until the exec.
+    pid: libc::pid_t,
+    /// Written by the command's side, read by the supervisor.
     refusal: Option<(Step, i32)>,
+}
+
+/// What it takes to run as the command's user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum UserChange {
+    /// Users are the tracer's pretence, and the agent is this one already.
+    Nothing,
+    /// The agent's own; where the kernel then refuses `setgroups` (a user
+    /// namespace of an ordinary user), nothing is lost.
+    ToSame,
+    ToOther,
+}
+
+impl UserChange {
+    fn of(identity: &Identity, tracer: Tracer) -> Self {
+        /// Never change.
+        static OWN: LazyLock<(u32, u32)> =
+            LazyLock::new(|| (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()));
+        match (*OWN == (identity.uid, identity.gid), tracer) {
+            (true, Tracer::Launcher) => Self::Nothing,
+            (true, Tracer::Nobody) => Self::ToSame,
+            (false, _) => Self::ToOther,
+        }
+    }
 }
 
 pub(crate) struct PlanOptions {
@@ -152,8 +108,9 @@ pub(crate) struct PlanOptions {
     pub foreground_of: Option<CString>,
     /// What the command's processes are found by, beside their place in the tree.
     pub mark: Option<Mark>,
-    pub stdio: [OwnedFd; 3],
+    pub stdio: [Arc<OwnedFd>; 3],
     pub reports: OwnedFd,
+    pub tracer: Tracer,
     /// The limit that the command gets back, if the agent raised its own.
     pub open_files: Option<libc::rlimit>,
     /// What the command may have at most, if that is less than the agent has.
@@ -162,8 +119,7 @@ pub(crate) struct PlanOptions {
 
 impl Plan {
     pub(crate) fn new(options: PlanOptions) -> Self {
-        let same_user = rustix::process::geteuid().as_raw() == options.identity.uid
-            && rustix::process::getegid().as_raw() == options.identity.gid;
+        let user = UserChange::of(&options.identity, options.tracer);
         Self {
             candidates: CStrings::new(options.candidates),
             argv: CStrings::new(options.argv),
@@ -172,7 +128,7 @@ impl Plan {
             uid: options.identity.uid,
             gid: options.identity.gid,
             groups: options.identity.groups.into_iter().chain(options.mark.map(Mark::group)).collect(),
-            same_user,
+            user,
             terminal: options.terminal,
             foreground_of: options.foreground_of,
             oom_score: command_oom_score(),
@@ -181,24 +137,31 @@ impl Plan {
             stack: vec![0; CHILD_STACK_BYTES],
             stdio: options.stdio,
             reports: options.reports,
+            pid: 0,
             refusal: None,
         }
     }
 
     /// Forks the supervisor and returns its pid.
+    ///
+    /// Not by the C library's `fork`, which makes several more system calls for
+    /// a child that would go on as this program does. Where a tracer looks at
+    /// each of them, they are what a command costs.
     pub(crate) fn launch(mut self) -> io::Result<i32> {
+        let altered = altered_signals();
         // SAFETY: plain system calls on valid pointers. The child half of the
-        // fork runs `supervise`, which never returns and keeps to
-        // async-signal-safe calls. Signals stay blocked across the fork so that
-        // no handler of the agent's runtime runs in the child.
+        // fork runs `supervise`, which never returns and keeps to raw system
+        // calls: it does not use the C library's idea of its thread, which is
+        // the agent's. Signals stay blocked across the fork so that no handler
+        // of the agent's runtime runs in the child.
         unsafe {
             let mut all: libc::sigset_t = std::mem::zeroed();
             let mut before: libc::sigset_t = std::mem::zeroed();
             libc::sigfillset(&raw mut all);
             libc::sigprocmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
-            let pid = libc::fork();
+            let pid = libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as libc::pid_t;
             if pid == 0 {
-                supervise(&mut self);
+                supervise(&mut self, altered);
             }
             let error = io::Error::last_os_error();
             libc::sigprocmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
@@ -232,32 +195,30 @@ impl CStrings {
 }
 
 /// The supervisor. Never returns.
-unsafe fn supervise(plan: &mut Plan) -> ! {
+unsafe fn supervise(plan: &mut Plan, altered: &[c_int]) -> ! {
     // SAFETY: runs alone in a forked child; every pointer lives in `plan`, and
     // only async-signal-safe calls are made.
     unsafe {
-        reset_signal_handlers();
+        reset_signals(altered);
         libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
-        libc::prctl(libc::PR_SET_NAME, c"stacyvm-exec".as_ptr());
         for (at, fd) in plan.stdio.iter().enumerate() {
             libc::dup2(fd.as_raw_fd(), at as c_int);
         }
         libc::dup3(plan.reports.as_raw_fd(), REPORT_FD, libc::O_CLOEXEC);
-        close_from(REPORT_FD + 1);
+        close_range(REPORT_FD + 1, MAX_FD);
 
         if plan.foreground_of.is_some() {
             libc::setsid();
             libc::ioctl(0, libc::TIOCSCTTY, 0);
         }
         let stack_top = plan.stack.as_mut_ptr().add(plan.stack.len() & !15).cast::<c_void>();
-        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
-        let pid = libc::clone(run_command, stack_top, flags, ptr::from_mut(plan).cast::<c_void>());
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PARENT_SETTID | libc::SIGCHLD;
+        let noted_pid = &raw mut plan.pid;
+        let pid = libc::clone(run_command, stack_top, flags, ptr::from_mut(plan).cast::<c_void>(), noted_pid);
         if pid < 0 {
             plan.refusal = Some((Step::Fork, *libc::__errno_location()));
         }
-        for fd in 0..REPORT_FD {
-            libc::close(fd);
-        }
+        close_range(0, REPORT_FD - 1);
         // Read through a volatile access: the command's side wrote it behind
         // the compiler's back.
         if let Some((step, errno)) = ptr::read_volatile(&raw const plan.refusal) {
@@ -370,17 +331,19 @@ unsafe fn become_command(plan: &Plan) -> (Step, c_int) {
         {
             return (Step::User, errno);
         }
-        let groups = libc::syscall(libc::SYS_setgroups, plan.groups.len(), plan.groups.as_ptr());
-        if (groups < 0 && !plan.same_user)
-            || libc::syscall(libc::SYS_setresgid, plan.gid, plan.gid, plan.gid) < 0
-            || libc::syscall(libc::SYS_setresuid, plan.uid, plan.uid, plan.uid) < 0
-        {
-            return (Step::User, errno());
+        if plan.user != UserChange::Nothing {
+            let groups = libc::syscall(libc::SYS_setgroups, plan.groups.len(), plan.groups.as_ptr());
+            if (groups < 0 && plan.user == UserChange::ToOther)
+                || libc::syscall(libc::SYS_setresgid, plan.gid, plan.gid, plan.gid) < 0
+                || libc::syscall(libc::SYS_setresuid, plan.uid, plan.uid, plan.uid) < 0
+            {
+                return (Step::User, errno());
+            }
         }
         if libc::chdir(plan.workdir.as_ptr()) < 0 {
             return (Step::Workdir, errno());
         }
-        send(Report::Starting { pid: libc::getpid() });
+        send(Report::Starting { pid: ptr::read_volatile(&raw const plan.pid) });
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
@@ -407,19 +370,39 @@ unsafe fn raise_oom_score(score: &[u8]) {
     unsafe {
         let fd = libc::open(PATH.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         if fd >= 0 {
+            // The exec closes it.
             libc::write(fd, score.as_ptr().cast::<c_void>(), score.len());
-            libc::close(fd);
         }
     }
 }
 
-/// Ignored and handled signals would be inherited by the command.
-unsafe fn reset_signal_handlers() {
-    // SAFETY: resets dispositions; invalid numbers are refused by the kernel.
+/// Signals that this program, or whoever started it, treats in a way of its own.
+/// The agent has set up all of its own before it takes the first command. What
+/// the kernel sends for a fault is not among them: that handler is gone with the
+/// exec, and before it there is no fault.
+fn altered_signals() -> &'static [c_int] {
+    static ALTERED: OnceLock<Vec<c_int>> = OnceLock::new();
+    let of_fault = |signal: c_int| matches!(signal, libc::SIGSEGV | libc::SIGBUS);
+    ALTERED.get_or_init(|| (1..=libc::SIGRTMAX()).filter(|signal| !of_fault(*signal) && is_altered(*signal)).collect())
+}
+
+fn is_altered(signal: c_int) -> bool {
+    // SAFETY: reads a disposition into a local variable; invalid numbers are
+    // refused by the kernel.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, ptr::null(), &raw mut action) == 0 && action.sa_sigaction != libc::SIG_DFL
+    }
+}
+
+/// Ignored signals would stay so in the command, and a handler would run in it
+/// before its program does.
+unsafe fn reset_signals(signals: &[c_int]) {
+    // SAFETY: resets dispositions of this process.
     unsafe {
         let mut default: libc::sigaction = std::mem::zeroed();
         default.sa_sigaction = libc::SIG_DFL;
-        for signal in 1..=libc::SIGRTMAX() {
+        for &signal in signals {
             libc::sigaction(signal, &raw const default, ptr::null_mut());
         }
     }
@@ -427,31 +410,13 @@ unsafe fn reset_signal_handlers() {
 
 /// The copies of the agent's connections and of other commands' pipes must not
 /// live on here: their other ends would never see an end of file.
-unsafe fn close_from(first: c_int) {
+unsafe fn close_range(first: c_int, last: c_int) {
     // SAFETY: closing descriptors that only this forked child uses.
     unsafe {
-        if libc::syscall(libc::SYS_close_range, first, c_int::MAX, 0) < 0 {
-            for fd in first..MAX_CLOSED_FD {
+        if libc::syscall(libc::SYS_close_range, first, last, 0) < 0 {
+            for fd in first..=last.min(MAX_CLOSED_FD) {
                 libc::close(fd);
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reports_survive_the_wire() {
-        for report in [
-            Report::Starting { pid: 42 },
-            Report::Started { pid: 42 },
-            Report::Refused { step: Step::Workdir, errno: libc::ENOENT },
-            Report::Ended { status: 0x0b00 },
-        ] {
-            assert_eq!(Report::decode(report.encode()), Some(report));
-        }
-        assert_eq!(Report::decode([9; REPORT_BYTES]), None);
     }
 }

@@ -33,7 +33,7 @@ struct Socket(AsyncFd<OwnedFd>);
 
 impl Socket {
     fn new(socket: OwnedFd) -> io::Result<Self> {
-        watch_descriptor(socket).map(Self)
+        watch_descriptor(socket, Interest::READABLE | Interest::WRITABLE).map(Self)
     }
 
     async fn when<T>(&self, interest: Interest, act: impl Fn(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {

@@ -183,7 +183,7 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
         }
         made => made.map_err(OciError::file("make", &sandbox))?,
     }
-    let Pair { uids, user, network, port, .. } = take_pair(runtime, plan).await?;
+    let Pair { uids, user, network, mounts, port, .. } = take_pair(runtime, plan).await?;
     let (uid_base, own) = (uids.base(), OwnNetwork::of(plan, port.as_ref()));
     let (disk, disk_mount) = runtime.disks.take(plan.disk, uid_base).await?;
     let groups = groups(runtime, &plan.id).map_err(OciError::system("find the control groups"))?;
@@ -202,8 +202,10 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
         runtime.allow(port, plan.allowed.as_deref().unwrap_or_default()).await?;
     }
 
-    let job = job(runtime, plan, &record, launch_plan(runtime, plan, &record, groups, own));
+    let launch = LaunchPlan { has_mounts: mounts.is_some(), ..launch_plan(runtime, plan, &record, groups, own) };
+    let job = job(runtime, plan, &record, launch);
     let mut fds: Vec<BorrowedFd<'_>> = vec![listener.as_fd(), boot.as_fd(), user.as_fd(), network.as_fd()];
+    fds.extend(mounts.iter().flat_map(|mounts| [mounts.dev.as_fd(), mounts.sys.as_fd()]));
     fds.extend(disk_mount.as_ref().map(AsFd::as_fd));
     let (done, fds) = runtime.spawner.call(job, &fds).await?;
     let (Done::Launched(_), Some(pidfd)) = (done, fds.into_iter().next()) else {
@@ -328,6 +330,7 @@ fn launch_plan(runtime: &Runtime, plan: &Plan, record: &Record, cgroup: CgroupPl
             resolv_conf: own.resolv_conf,
         },
         hostname,
+        has_mounts: false,
         cgroup,
         user: plan.user().map(str::to_owned),
         workdir: plan.image.workdir.clone(),

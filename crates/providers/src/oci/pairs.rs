@@ -2,12 +2,14 @@
 //!
 //! A network namespace must be owned by the sandbox's user namespace (or its
 //! root could not bind port 80), so the two are made together, and making them
-//! takes the kernel longer than all the rest of a sandbox. They exist only as
-//! descriptors in this process: when the server dies, so do unused ones.
+//! takes the kernel longer than all the rest of a sandbox. With them is made
+//! what depends on nothing else. All of it exists only as descriptors in this
+//! process: when the server dies, so does what is unused.
 
 use crate::host::is_ordinary_user;
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::available_parallelism;
 use std::time::Duration;
@@ -15,6 +17,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
 use super::error::OciError;
+use super::launch::ReadyMounts;
 use super::network::{Network, Port};
 use super::spawner::protocol::{Done, Job};
 use super::spawner::{CallError, Spawner};
@@ -63,6 +66,8 @@ pub(super) struct Pair {
     pub(super) uids: UidRange,
     pub(super) user: OwnedFd,
     pub(super) network: OwnedFd,
+    /// Of a pair that waited; others are wanted too soon.
+    pub(super) mounts: Option<ReadyMounts>,
     /// Where it is connected, if it is.
     pub(super) port: Option<Port>,
     /// Process id of the spawner that made it.
@@ -106,6 +111,8 @@ pub(super) struct PairPool {
     wanted: usize,
     taken: Notify,
     creations: Arc<Creations>,
+    /// Where mounts are made, if they are wanted.
+    scratch: Option<PathBuf>,
 }
 
 impl PairPool {
@@ -115,8 +122,9 @@ impl PairPool {
         network: Option<Arc<Network>>,
         wanted: usize,
         creations: Arc<Creations>,
+        scratch: Option<PathBuf>,
     ) -> Self {
-        Self { spawner, ranges, network, ready: Mutex::default(), wanted, taken: Notify::new(), creations }
+        Self { spawner, ranges, network, ready: Mutex::default(), wanted, taken: Notify::new(), creations, scratch }
     }
 
     /// A ready pair, or a new one.
@@ -179,7 +187,26 @@ impl PairPool {
             Some(to) => Some(to.attach(&network).await.map_err(OciError::system("connect a sandbox"))?),
             None => None,
         };
-        Ok(Pair { uids, user, network, port, spawner })
+        let mounts = match &self.scratch {
+            Some(scratch) if spare => self.make_mounts(scratch, base, &network).await,
+            _ => None,
+        };
+        Ok(Pair { uids, user, network, mounts, port, spawner })
+    }
+
+    /// A sandbox without them mounts its own, and says what is wrong if it cannot.
+    async fn make_mounts(&self, scratch: &Path, uid_base: u32, network: &OwnedFd) -> Option<ReadyMounts> {
+        let job = Job::Mounts { scratch: scratch.to_owned(), uid_base };
+        match self.spawner.call(job, &[network.as_fd()]).await {
+            Ok((_, fds)) => {
+                let [dev, sys] = <[OwnedFd; 2]>::try_from(fds).ok()?;
+                Some(ReadyMounts { dev, sys })
+            }
+            Err(error) => {
+                tracing::debug!(error = &error as &dyn std::error::Error, "cannot make mounts ahead");
+                None
+            }
+        }
     }
 
     /// An ordinary user's spawner has power only over namespaces that it made.

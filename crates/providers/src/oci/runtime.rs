@@ -105,7 +105,9 @@ impl Runtime {
         let creations = Arc::new(Creations::new());
         let pool = |network, wanted| {
             let (spawner, uids, creations) = (Arc::clone(&spawner), Arc::clone(&uids), Arc::clone(&creations));
-            Arc::new(PairPool::new(spawner, uids, network, wanted, creations))
+            // Another program mounts everything itself.
+            let scratch = external.is_none().then(|| layout.scratch());
+            Arc::new(PairPool::new(spawner, uids, network, wanted, creations, scratch))
         };
         let plain = pool(None, options.prepared);
         let name_servers = options.bridge.as_ref().map(|bridge| bridge.name_servers.clone()).unwrap_or_default();

@@ -249,6 +249,7 @@ mod tests {
             label: "LABEL=it".into(),
             hostname: "box".into(),
             root,
+            has_mounts: false,
             cgroup: CgroupPlan::default(),
             user: None,
             workdir: None,

@@ -9,7 +9,7 @@ use rustix::mount::MountFlags;
 use super::mounts;
 use crate::oci::spawner::protocol::{Failure, Step};
 
-const MASKED: [&str; 13] = [
+const MASKED_IN_PROC: [&str; 10] = [
     "proc/acpi",
     "proc/asound",
     "proc/interrupts",
@@ -20,6 +20,9 @@ const MASKED: [&str; 13] = [
     "proc/scsi",
     "proc/timer_list",
     "proc/timer_stats",
+];
+
+const MASKED_IN_SYS: [&str; 3] = [
     // Ours: the host's paths of the files behind loop devices.
     "sys/devices/virtual/block",
     "sys/devices/virtual/powercap",
@@ -30,34 +33,41 @@ const MASKED: [&str; 13] = [
 const MASKED_PER_CPU: &str = "thermal_throttle";
 const CPUS: &str = "sys/devices/system/cpu";
 
+/// What is mounted in these places is of no use for anything else.
+const HARMLESS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+
 const READ_ONLY: [&str; 5] = ["proc/bus", "proc/fs", "proc/irq", "proc/sys", "proc/sysrq-trigger"];
 
-/// Mounts both below the current directory, which holds `../empty`.
-pub(super) fn mount() -> Result<(), Failure> {
-    let harmless = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mounts::mount_new("proc", "proc", harmless, "").step("mount /proc")?;
-    mounts::mount_new("sysfs", "sys", harmless | MountFlags::RDONLY, "").step("mount /sys")?;
+/// Mounts `proc` of this process's pid namespace below the current directory,
+/// which holds `../empty` and `dev/null`.
+pub(super) fn mount_proc() -> Result<(), Failure> {
+    mounts::mount_new("proc", "proc", HARMLESS, "").step("mount /proc")?;
     for path in READ_ONLY {
         if exists(path) {
             mounts::bind(path, path, true).step("make kernel settings read-only")?;
         }
     }
-    for path in masked(Path::new(CPUS)).step("mask kernel files")? {
-        mask(&path).step("mask kernel files")?;
-    }
-    Ok(())
+    MASKED_IN_PROC.iter().try_for_each(|path| mask(path)).step("mask kernel files")
+}
+
+/// The same of `sys`, which shows this process's network namespace.
+pub(super) fn mount_sys() -> Result<(), Failure> {
+    mounts::mount_new("sysfs", "sys", HARMLESS | MountFlags::RDONLY, "").step("mount /sys")?;
+    let masked = masked_in_sys(Path::new(CPUS)).step("mask kernel files")?;
+    masked.iter().try_for_each(|path| mask(path)).step("mask kernel files")
 }
 
 /// What another runtime has to mask, and to make read-only.
 pub(in crate::oci) fn hidden() -> io::Result<(Vec<String>, Vec<String>)> {
     let absolute = |path: String| format!("/{path}");
-    let masked = masked(&Path::new("/").join(CPUS))?;
-    Ok((masked.into_iter().map(absolute).collect(), READ_ONLY.map(|path| absolute(path.to_owned())).into()))
+    let in_proc = MASKED_IN_PROC.map(str::to_owned).into_iter();
+    let masked = in_proc.chain(masked_in_sys(&Path::new("/").join(CPUS))?);
+    Ok((masked.map(absolute).collect(), READ_ONLY.map(|path| absolute(path.to_owned())).into()))
 }
 
-/// Everything to mask; `cpus` is where the kernel lists its processors.
-fn masked(cpus: &Path) -> io::Result<Vec<String>> {
-    let mut paths: Vec<String> = MASKED.map(str::to_owned).into();
+/// `cpus` is where the kernel lists its processors.
+fn masked_in_sys(cpus: &Path) -> io::Result<Vec<String>> {
+    let mut paths: Vec<String> = MASKED_IN_SYS.map(str::to_owned).into();
     for entry in std::fs::read_dir(cpus)? {
         let cpu = entry?.file_name();
         let Some(name) = cpu.to_str() else { continue };

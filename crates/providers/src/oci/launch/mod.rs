@@ -19,6 +19,7 @@
 pub(super) mod devices;
 pub(super) mod kernel_files;
 pub(super) mod mounts;
+mod ready;
 pub(super) mod root;
 pub(super) mod user;
 
@@ -27,6 +28,7 @@ use std::ffi::CString;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
+pub(super) use ready::ReadyMounts;
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::LinkNameSpaceType;
 
@@ -58,6 +60,7 @@ pub(super) struct LaunchFds {
     pub(super) boot: OwnedFd,
     pub(super) user_namespace: OwnedFd,
     pub(super) network_namespace: OwnedFd,
+    pub(super) mounts: Option<ReadyMounts>,
     pub(super) disk: Option<OwnedFd>,
 }
 
@@ -70,6 +73,10 @@ impl LaunchFds {
             boot: fds.next()?,
             user_namespace: fds.next()?,
             network_namespace: fds.next()?,
+            mounts: match plan.has_mounts {
+                true => Some(ReadyMounts { dev: fds.next()?, sys: fds.next()? }),
+                false => None,
+            },
             disk: fds.next(),
         };
         let complete = match plan.root.disk {
@@ -125,7 +132,8 @@ fn launch(
         .step("make namespaces")?;
     join(fds.network_namespace.as_fd(), LinkNameSpaceType::Network).step("enter the network namespace")?;
 
-    root::build(plan, fds.user_namespace.as_fd(), fds.disk.take(), &common.authority)?;
+    let (disk, mounts) = (fds.disk.take(), fds.mounts.take());
+    root::build(plan, fds.user_namespace.as_fd(), disk, mounts, &common.authority)?;
     rustix::system::sethostname(plan.hostname.as_bytes()).step("set the host name")?;
     rustix::process::setsid().step("start a session")?;
     attach_null()?;

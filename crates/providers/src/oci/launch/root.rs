@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use super::{devices, kernel_files, mounts};
+use super::{ReadyMounts, devices, kernel_files, mounts};
 use crate::oci::rootless::Authority;
 use crate::oci::spawner::protocol::{DiskPlan, Failure, FailureKind, HostPlan, LaunchPlan, RootPlan, Step};
 
@@ -31,12 +31,18 @@ pub(super) fn build(
     launch: &LaunchPlan,
     user_namespace: BorrowedFd<'_>,
     disk: Option<OwnedFd>,
+    ready: Option<ReadyMounts>,
     authority: &Authority,
 ) -> Result<(), Failure> {
     assemble(launch, user_namespace, disk, authority)?;
     rustix::process::chdir("root").step("enter the root")?;
-    devices::mount(launch.root.uid_base, authority).step("mount /dev")?;
-    kernel_files::mount()?;
+    if let Some(ready) = ready {
+        ready.attach()?;
+    } else {
+        devices::mount(launch.root.uid_base, authority).step("mount /dev")?;
+        kernel_files::mount_sys()?;
+    }
+    kernel_files::mount_proc()?;
     make_root()
 }
 
@@ -56,13 +62,7 @@ pub(in crate::oci) fn assemble(
     authority: &Authority,
 ) -> Result<(), Failure> {
     let plan = &launch.root;
-    mounts::separate_from_host().step("separate mounts from the host")?;
-    // Whoever runs the sandbox's root may pass through, but not look around.
-    let scratch = mounts::detached_tmpfs(&[("mode", "0711".into()), ("size", "1m".into())]).step("mount scratch")?;
-    let scratch_path = plan.scratch.to_str().ok_or_else(|| not_text(&plan.scratch))?;
-    mounts::attach(scratch.as_fd(), scratch_path).step("mount scratch")?;
-    rustix::process::chdir(scratch_path).step("enter scratch")?;
-
+    enter_scratch(&plan.scratch)?;
     place_disk(plan, disk)?;
     prepare_writable(plan).step("prepare the writable layer")?;
     prepare_own_layer(plan, &launch.hostname).step("prepare the sandbox's own files")?;
@@ -83,12 +83,28 @@ pub(in crate::oci) fn assemble(
     }
     mounts::mount_new("overlay", "root", MountFlags::NODEV | MountFlags::NOSUID, &options).step("mount the root")?;
 
-    mounts::make_dir("empty", 0o555).step("mount the root")?;
+    make_empty()?;
     if let Some(host) = &plan.host {
         show_host(host).step("show the host's programs")?;
         give_away(host, authority).step("give homes to their users")?;
     }
     Ok(())
+}
+
+/// Separates this process's mounts from the host's, and makes an empty file
+/// system at `path` the current directory.
+pub(super) fn enter_scratch(path: &Path) -> Result<(), Failure> {
+    mounts::separate_from_host().step("separate mounts from the host")?;
+    // Whoever runs the sandbox's root may pass through, but not look around.
+    let scratch = mounts::detached_tmpfs(&[("mode", "0711".into()), ("size", "1m".into())]).step("mount scratch")?;
+    let path = path.to_str().ok_or_else(|| not_text(path))?;
+    mounts::attach(scratch.as_fd(), path).step("mount scratch")?;
+    rustix::process::chdir(path).step("enter scratch")
+}
+
+/// Makes what hidden directories show, in the current one.
+pub(super) fn make_empty() -> Result<(), Failure> {
+    mounts::make_dir("empty", 0o555).step("make an empty directory")
 }
 
 /// Puts the writable file system at [`DISK`]. Whatever it is, it gets a mount

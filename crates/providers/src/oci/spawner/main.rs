@@ -21,7 +21,7 @@ use crate::host::process::{self, Identity};
 use crate::host::sys::{self, Forked};
 use crate::host::{seccomp, trash};
 use crate::oci::external::{self, Container};
-use crate::oci::launch::{self, Common, LaunchFds};
+use crate::oci::launch::{self, Common, LaunchFds, ReadyMounts};
 use crate::oci::rootless::{self, Authority};
 use crate::oci::state;
 
@@ -115,6 +115,9 @@ enum Outcome {
         pidfd: OwnedFd,
         identity: Identity,
     },
+    /// The child answers for itself if it succeeds, because what it made are
+    /// descriptors.
+    Mounts,
     /// The child says who the init is.
     LaunchWith,
     Forget,
@@ -152,6 +155,7 @@ impl Spawner {
                 return Ok(true);
             }
             Job::Pair { uid_base, spare } => start_pair(id, uid_base, spare, &self.common.authority),
+            Job::Mounts { scratch, uid_base } => self.start_mounting(id, &scratch, uid_base, &fds),
             Job::Launch(plan) => self.start_launch(id, &plan, fds),
             Job::LaunchWith(plan, runtime) => self.start_launch_with(id, &plan, &runtime, fds),
             Job::Forget(container) => start_forgetting(id, &container),
@@ -194,6 +198,27 @@ impl Spawner {
         }
     }
 
+    fn start_mounting(&self, id: u64, scratch: &Path, uid_base: u32, fds: &[OwnedFd]) -> Result<Pending, Failure> {
+        const STEP: &str = "make mounts ahead";
+        let network = fds.first().ok_or_else(|| Failure::system(STEP, &"a descriptor is missing"))?;
+        let (status, status_of_child) = pipe().step(STEP)?;
+        match sys::fork_into(0, None).step(STEP)? {
+            Forked::Child => {
+                drop(status);
+                be_least_urgent();
+                let made = ReadyMounts::make(scratch, uid_base, network.as_fd(), &self.common.authority);
+                let said = made.and_then(|made| {
+                    let reply = Reply { id, result: Ok(Done::Mounted) };
+                    packet::send(&self.control, &reply, &[made.dev.as_fd(), made.sys.as_fd()]).step("report")
+                });
+                tell(status_of_child, said.map(|()| Vec::new()))
+            }
+            Forked::Parent { .. } => {
+                Ok(Pending { id, status: status.into(), said: Vec::new(), outcome: Outcome::Mounts })
+            }
+        }
+    }
+
     fn start_launch_with(
         &self,
         id: u64,
@@ -231,7 +256,8 @@ impl Spawner {
         let child = self.pending.swap_remove(index);
         let id = child.id;
         let (result, fds) = match child.finish() {
-            Ok((done, fds)) => (Ok(done), fds),
+            Ok(None) => return Ok(()),
+            Ok(Some((done, fds))) => (Ok(done), fds),
             Err(failure) => (Err(failure), Vec::new()),
         };
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
@@ -240,16 +266,16 @@ impl Spawner {
 }
 
 impl Pending {
-    fn finish(self) -> Result<(Done, Vec<OwnedFd>), Failure> {
+    /// What to answer, unless the child has.
+    fn finish(self) -> Result<Option<(Done, Vec<OwnedFd>)>, Failure> {
         let said = match (self.said.strip_prefix(&[launch::READY]), &self.outcome) {
-            (Some([]), Outcome::Pair { .. } | Outcome::Launch { .. } | Outcome::Forget) => &[],
             (Some(text), Outcome::Trash | Outcome::LaunchWith) => text,
-            (Some(text), Outcome::Pair { .. } | Outcome::Launch { .. } | Outcome::Forget) => {
-                return Err(failure_from(text));
-            }
+            (Some([]), _) => &[],
+            (Some(text), _) => return Err(failure_from(text)),
             (None, _) => return Err(failure_from(&self.said)),
         };
-        match self.outcome {
+        let answer = match self.outcome {
+            Outcome::Mounts => return Ok(None),
             Outcome::Trash => {
                 let trees = serde_json::from_slice(said).step("empty the trash")?;
                 Ok((Done::TrashEmptied(trees), Vec::new()))
@@ -268,7 +294,8 @@ impl Pending {
                 drop(gate);
                 Ok((Done::Paired { spawner: std::process::id() }, vec![user, network]))
             }
-        }
+        };
+        answer.map(Some)
     }
 }
 
@@ -286,8 +313,7 @@ fn start_pair(id: u64, uid_base: u32, spare: bool, authority: &Authority) -> Res
         Forked::Child => {
             drop((status, gate));
             if spare {
-                // Sandboxes that are asked for go first.
-                let _ = rustix::process::setpriority_process(None, LEAST_URGENT);
+                be_least_urgent();
             }
             make_network(status_of_child, gate_of_child)
         }
@@ -319,6 +345,21 @@ fn make_network(status: OwnedFd, gate: OwnedFd) -> ! {
     sys::exit_now(0)
 }
 
+/// Sandboxes that are asked for go first.
+fn be_least_urgent() {
+    let _ = rustix::process::setpriority_process(None, LEAST_URGENT);
+}
+
+/// A child's last words.
+fn tell(status: OwnedFd, said: Result<Vec<u8>, Failure>) -> ! {
+    let said = match said {
+        Ok(text) => [&[launch::READY], text.as_slice()].concat(),
+        Err(failure) => serde_json::to_vec(&failure).unwrap_or_default(),
+    };
+    let _ = std::fs::File::from(status).write_all(&said);
+    sys::exit_now(0)
+}
+
 /// Removes trees in a child of its own: that may take long, and others wait.
 fn start_emptying(id: u64, directory: &Path) -> Result<Pending, Failure> {
     const STEP: &str = "empty the trash";
@@ -326,12 +367,7 @@ fn start_emptying(id: u64, directory: &Path) -> Result<Pending, Failure> {
     match sys::fork_into(0, None).step(STEP)? {
         Forked::Child => {
             drop(status);
-            let said = match trash::empty(directory).step(STEP) {
-                Ok(trees) => [&[launch::READY], trees.to_string().as_bytes()].concat(),
-                Err(failure) => serde_json::to_vec(&failure).unwrap_or_default(),
-            };
-            let _ = std::fs::File::from(status_of_child).write_all(&said);
-            sys::exit_now(0)
+            tell(status_of_child, trash::empty(directory).step(STEP).map(|trees| trees.to_string().into_bytes()))
         }
         Forked::Parent { .. } => Ok(Pending { id, status: status.into(), said: Vec::new(), outcome: Outcome::Trash }),
     }
@@ -344,12 +380,7 @@ fn start_forgetting(id: u64, container: &Container) -> Result<Pending, Failure> 
     match sys::fork_into(0, None).step(STEP)? {
         Forked::Child => {
             drop(status);
-            let said = match external::forget(container) {
-                Ok(()) => vec![launch::READY],
-                Err(failure) => serde_json::to_vec(&failure).unwrap_or_default(),
-            };
-            let _ = std::fs::File::from(status_of_child).write_all(&said);
-            sys::exit_now(0)
+            tell(status_of_child, external::forget(container).map(|()| Vec::new()))
         }
         Forked::Parent { .. } => Ok(Pending { id, status: status.into(), said: Vec::new(), outcome: Outcome::Forget }),
     }

@@ -30,9 +30,13 @@ pub(in crate::oci) enum Job {
     /// Make a user namespace and a network namespace inside it. The reply
     /// carries both, in this order. Nobody waits for a spare one.
     Pair { uid_base: u32, spare: bool },
+    /// Make `/dev` and `/sys` for a sandbox of this range, in the network
+    /// namespace that comes along. The reply carries both, in this order.
+    Mounts { scratch: PathBuf, uid_base: u32 },
     /// Start a sandbox. Descriptors: listener, boot configuration, user
-    /// namespace, network namespace and, for [`DiskPlan::Mounted`], the mount.
-    /// The reply carries a pidfd of its init.
+    /// namespace, network namespace; its `/dev` and `/sys` if the plan has
+    /// them; for [`DiskPlan::Mounted`] the mount. The reply carries a pidfd of
+    /// its init.
     Launch(Box<LaunchPlan>),
     /// Have another program start a sandbox. Descriptors and reply are those of
     /// `Launch`.
@@ -54,6 +58,8 @@ pub(in crate::oci) struct LaunchPlan {
     pub(in crate::oci) label: String,
     pub(in crate::oci) hostname: String,
     pub(in crate::oci) root: RootPlan,
+    /// `/dev` and `/sys` are there already.
+    pub(in crate::oci) has_mounts: bool,
     pub(in crate::oci) cgroup: CgroupPlan,
     /// Name or uid that owns `/workspace`; root otherwise.
     pub(in crate::oci) user: Option<String>,
@@ -123,6 +129,7 @@ pub(in crate::oci) enum Done {
     Paired {
         spawner: u32,
     },
+    Mounted,
     Launched(Identity),
     Forgotten,
     Authority(Authority),
