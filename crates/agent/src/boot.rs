@@ -16,12 +16,15 @@ use stacyvm_envd::boot::{BOOT_FD, LISTENER_FD, MAX_BOOT_BYTES};
 use tokio::net::UnixListener;
 
 use crate::serve::Peers;
-use crate::{Sandbox, heap, lifecycle, serve};
+use crate::{Sandbox, heap, lifecycle, serve, signals};
 
 /// Threads for calls that block. They count against the sandbox's process limit
 /// and never end once started, so that file calls work when that is used up.
 const BLOCKING_THREADS: usize = 4;
 const FOREVER: Duration = Duration::from_hours(100 * 365 * 24);
+
+/// Commands take three each, connections one.
+const ENOUGH_OPEN_FILES: u64 = 16_384;
 
 /// A uid that no image gives to anybody: the last of a sandbox's 65,536.
 pub(crate) const NOBODY_ELSE: u32 = 65_535;
@@ -60,6 +63,7 @@ pub(crate) fn serve(tracer: Tracer) -> io::Result<()> {
 /// Serves until the sandbox ends.
 pub(crate) fn run(config: BootConfig, listener: StdUnixListener, peers: Peers, tracer: Tracer) -> io::Result<()> {
     listener.set_nonblocking(true)?;
+    signals::block_all(tracer)?;
     let open_files = raise_open_files();
     if tracer == Tracer::Nobody {
         stand_apart();
@@ -145,6 +149,9 @@ pub(crate) fn parse(json: &[u8]) -> io::Result<BootConfig> {
 /// limit back.
 fn raise_open_files() -> Option<libc::rlimit> {
     let before = rustix::process::getrlimit(Resource::Nofile);
+    if before.current.is_none_or(|files| files >= ENOUGH_OPEN_FILES) {
+        return None;
+    }
     let raised = rustix::process::Rlimit { current: before.maximum, maximum: before.maximum };
     rustix::process::setrlimit(Resource::Nofile, raised).ok()?;
     let number = |limit: Option<u64>| limit.unwrap_or(libc::RLIM_INFINITY);

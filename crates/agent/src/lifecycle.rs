@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use stacyvm_envd::boot::EXPIRY_GRACE_MS;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::Sandbox;
+use crate::signals::Signals;
 
 /// What a polite signal gives commands before they are killed.
 const TERMINATION_GRACE: Duration = Duration::from_secs(5);
@@ -20,12 +20,12 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// Returns when the sandbox is over and everything in it is dead or dying.
 pub(crate) async fn until_ended(sandbox: Arc<Sandbox>) -> io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    // A lost terminal means nothing to a server.
-    let _hangup = signal(SignalKind::hangup())?;
+    // Nobody means a sandbox's first process with a key press. A lost terminal
+    // means nothing to a server.
+    let polite: &[_] = if sandbox.is_init() { &[libc::SIGTERM] } else { &[libc::SIGTERM, libc::SIGINT] };
+    let signals = Signals::of(polite)?;
     tokio::select! {
-        _ = terminate.recv() => forward(&sandbox, libc::SIGTERM).await,
-        () = interrupted(sandbox.is_init()) => forward(&sandbox, libc::SIGINT).await,
+        signal = signals.next() => forward(&sandbox, signal?).await,
         () = expired(&sandbox) => {}
     }
     if sandbox.is_init() {
@@ -33,18 +33,6 @@ pub(crate) async fn until_ended(sandbox: Arc<Sandbox>) -> io::Result<()> {
     }
     sandbox.processes.kill_all().await;
     Ok(())
-}
-
-/// Never, for a sandbox's first process: nobody there means it with a key
-/// press, and the kernel keeps from it what it has no handler for.
-async fn interrupted(is_init: bool) {
-    if is_init {
-        return std::future::pending().await;
-    }
-    match signal(SignalKind::interrupt()) {
-        Ok(mut interrupt) => drop(interrupt.recv().await),
-        Err(_) => std::future::pending().await,
-    }
 }
 
 /// Passes a signal on and waits a little for what runs to end by itself.

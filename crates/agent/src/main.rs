@@ -12,7 +12,7 @@
 //!   to say that one has ended.
 //! - `rpc`: the Connect services; `web`: the plain HTTP part.
 //! - `process`, `files`, `net`, `console`: what they offer.
-//! - `lifecycle`: signals and the sandbox's own deadline.
+//! - `lifecycle`: the sandbox's end; `signals`: what may bring it.
 
 mod boot;
 mod bridge;
@@ -29,6 +29,7 @@ mod process;
 mod rpc;
 mod sandbox;
 mod serve;
+mod signals;
 mod user;
 mod wakeful;
 mod web;

@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 
 use super::mark::Mark;
 use super::output::OutputKind;
+use super::pid_slot::PidSlot;
 use super::report::{Report, Reports, Step};
 use super::run::Pipes;
 use super::supervisor::{Plan, PlanOptions};
@@ -50,9 +51,8 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
 
     let (stdio, mut ours) = Ours::open(sandbox, options, &identity).map_err(|error| out_of("open pipes", error))?;
     let (reports, their_reports) = StdUnixStream::pair().map_err(|error| out_of("open a socket pair", error))?;
-    reports.set_nonblocking(true).map_err(|error| out_of("set up a socket", error))?;
 
-    let mark = Mark::next_if_needed();
+    let (mark, slot) = (Mark::next_if_needed(), PidSlot::take());
     let plan = Plan::new(PlanOptions {
         candidates: candidates(program, env.get("PATH").map_or(DEFAULT_PATH, String::as_str))?,
         argv: options.argv.iter().map(|argument| c_string(argument)).collect::<Result<_, _>>()?,
@@ -64,13 +64,14 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
         identity,
         stdio,
         reports: their_reports.into(),
+        pid: slot.as_ref(),
         tracer: sandbox.tracer,
         open_files: sandbox.open_files,
         capabilities: sandbox.capabilities,
     });
     let supervisor = plan.launch().map_err(|error| out_of("start a process", error))?;
     let reports = Reports::new(reports.into()).map_err(|error| out_of("watch a socket", error))?;
-    let pid = match started(&reports).await {
+    let pid = match started(&reports, slot.as_ref()).await {
         Ok(pid) => pid.unwrap_or(supervisor),
         Err((step, errno)) => return Err(refusal(program, &workdir, step, errno)),
     };
@@ -111,17 +112,13 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
 /// Waits until the program runs, or learns what prevented it.
 ///
 /// Whoever may (`kill -9 -1`) can kill the supervisor before it says so. Then
-/// the command has started as far as its own side told, and ends as one that was
-/// killed; `None` if it was killed before its program ran.
-async fn started(reports: &Reports) -> Result<Option<i32>, (Step, i32)> {
-    let mut starting = None;
-    loop {
-        match reports.next().await {
-            Some(Report::Starting { pid }) => starting = Some(pid),
-            Some(Report::Started { pid }) => return Ok(Some(pid)),
-            Some(Report::Refused { step, errno }) => return Err((step, errno)),
-            Some(Report::Ended { .. }) | None => return Ok(starting),
-        }
+/// the command has started if there is a process of it, and ends as one that was
+/// killed; `None` if there never was.
+async fn started(reports: &Reports, noted: Option<&PidSlot>) -> Result<Option<i32>, (Step, i32)> {
+    match reports.next().await {
+        Some(Report::Started { pid }) => Ok(Some(pid)),
+        Some(Report::Refused { step, errno }) => Err((step, errno)),
+        Some(Report::Ended { .. }) | None => Ok(noted.and_then(PidSlot::pid)),
     }
 }
 
@@ -280,23 +277,26 @@ mod tests {
     }
 
     #[tokio::test]
+    #[expect(unsafe_code, reason = "the kernel writes there")]
     async fn a_supervisor_that_is_killed_does_not_hide_what_started() {
         use std::io::Write as _;
-        let (refused, killed) = (Report::Refused { step: Step::Exec, errno: libc::ENOENT }, None);
-        for (reports, expected) in [
-            (vec![Report::Starting { pid: 7 }, Report::Started { pid: 7 }], Ok(Some(7))),
-            (vec![Report::Starting { pid: 7 }], Ok(Some(7))),
-            (vec![Report::Starting { pid: 7 }, refused], Err((Step::Exec, libc::ENOENT))),
-            (vec![], Ok(killed)),
+        let slot = PidSlot::take().expect("a free one");
+        let refused = Report::Refused { step: Step::Exec, errno: libc::ENOENT };
+        for (noted, report, expected) in [
+            (0, None, Ok(None)),
+            (7, None, Ok(Some(7))),
+            (7, Some(Report::Started { pid: 7 }), Ok(Some(7))),
+            (7, Some(refused), Err((Step::Exec, libc::ENOENT))),
         ] {
             let (ours, mut theirs) = StdUnixStream::pair().expect("a pair");
-            ours.set_nonblocking(true).expect("not blocking");
-            for report in &reports {
+            // SAFETY: a valid pointer into a page that is never unmapped.
+            unsafe { slot.as_ptr().write(noted) };
+            if let Some(report) = report {
                 theirs.write_all(&report.encode()).expect("sent");
             }
             drop(theirs);
             let ours = Reports::new(ours.into()).expect("watched");
-            assert_eq!(started(&ours).await, expected, "{reports:?}");
+            assert_eq!(started(&ours, Some(&slot)).await, expected, "{noted} {report:?}");
         }
     }
 

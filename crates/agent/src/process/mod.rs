@@ -18,6 +18,7 @@ mod kill;
 mod launch;
 mod mark;
 mod output;
+mod pid_slot;
 mod reader;
 mod report;
 mod run;

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -14,29 +15,18 @@ use crate::descriptor::watch_descriptor;
 /// Length of one report.
 const REPORT_BYTES: usize = 12;
 
-/// A command's supervisor says no more than this in all.
-const MAX_REPORTS: usize = 4;
+/// More than a command's supervisor says in all.
+const MAX_REPORTS: usize = 3;
 
 /// What the supervisor says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Report {
-    /// By the command's side, right before its program runs: from then on it can
-    /// kill the supervisor before that says anything.
-    Starting {
-        pid: i32,
-    },
-    Started {
-        pid: i32,
-    },
+    /// The command's program runs.
+    Started { pid: i32 },
     /// The command was never started.
-    Refused {
-        step: Step,
-        errno: i32,
-    },
+    Refused { step: Step, errno: i32 },
     /// Wait status of the command.
-    Ended {
-        status: i32,
-    },
+    Ended { status: i32 },
 }
 
 /// Where starting a command can fail.
@@ -58,7 +48,6 @@ impl Report {
             1 => Self::Started { pid: first },
             2 => Self::Refused { step: Step::from_code(first)?, errno: second },
             3 => Self::Ended { status: first },
-            4 => Self::Starting { pid: first },
             _ => return None,
         })
     }
@@ -68,7 +57,6 @@ impl Report {
             Self::Started { pid } => (1, pid, 0),
             Self::Refused { step, errno } => (2, step as i32, errno),
             Self::Ended { status } => (3, status, 0),
-            Self::Starting { pid } => (4, pid, 0),
         };
         let mut bytes = [0; REPORT_BYTES];
         bytes[..4].copy_from_slice(&i32::to_ne_bytes(kind));
@@ -94,7 +82,6 @@ pub(crate) struct Reports {
 }
 
 impl Reports {
-    /// Of a connection that does not block.
     pub(super) fn new(connection: OwnedFd) -> io::Result<Self> {
         Ok(Self { connection: watch_descriptor(connection, Interest::READABLE)?, waiting: Mutex::default() })
     }
@@ -107,9 +94,9 @@ impl Reports {
             }
             let mut ready = self.connection.readable().await.ok()?;
             let mut bytes = [0; MAX_REPORTS * REPORT_BYTES];
-            match rustix::io::read(self.connection.get_ref(), &mut bytes) {
-                Ok(0) => return None,
-                Ok(count) => {
+            match rustix::net::recv(self.connection.get_ref(), &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return None,
+                Ok((_, count)) => {
                     lock(&self.waiting).extend_from_slice(&bytes[..count]);
                     // Less than there was room for is all there is: no second
                     // read has to find that out.
@@ -141,7 +128,6 @@ mod tests {
     #[test]
     fn reports_survive_the_wire() {
         for report in [
-            Report::Starting { pid: 42 },
             Report::Started { pid: 42 },
             Report::Refused { step: Step::Workdir, errno: libc::ENOENT },
             Report::Ended { status: 0x0b00 },
@@ -154,16 +140,14 @@ mod tests {
     #[tokio::test]
     async fn reports_are_taken_one_by_one_however_they_arrive() {
         let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
         let reports = Reports::new(ours.into()).unwrap();
-        let [starting, started] = [Report::Starting { pid: 42 }, Report::Started { pid: 42 }];
-        let ended = Report::Ended { status: 7 }.encode();
-        theirs.write_all(&[starting.encode(), started.encode()].concat()).unwrap();
-        assert_eq!(reports.next().await, Some(starting));
-        theirs.write_all(&ended[..5]).unwrap();
+        let (started, ended) = (Report::Started { pid: 42 }, Report::Ended { status: 7 });
+        theirs.write_all(&[started.encode(), ended.encode()].concat()).unwrap();
         assert_eq!(reports.next().await, Some(started));
-        let (last, ()) = tokio::join!(reports.next(), async { theirs.write_all(&ended[5..]).unwrap() });
-        assert_eq!(last, Some(Report::Ended { status: 7 }));
+        theirs.write_all(&started.encode()[..5]).unwrap();
+        assert_eq!(reports.next().await, Some(ended));
+        let (last, ()) = tokio::join!(reports.next(), async { theirs.write_all(&started.encode()[5..]).unwrap() });
+        assert_eq!(last, Some(started));
         drop(theirs);
         assert_eq!(reports.next().await, None);
     }

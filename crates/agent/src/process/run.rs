@@ -85,7 +85,7 @@ fn ended_status(report: Option<Report>) -> Option<i32> {
     match report {
         Some(Report::Ended { status }) => Some(status),
         // The supervisor is gone: somebody inside killed it.
-        None | Some(Report::Starting { .. } | Report::Started { .. } | Report::Refused { .. }) => None,
+        None | Some(Report::Started { .. } | Report::Refused { .. }) => None,
     }
 }
 

@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
 
 use super::mark::Mark;
+use super::pid_slot::PidSlot;
 use super::report::{Report, Step};
 use super::{capabilities, foreground};
 use crate::boot::Tracer;
@@ -64,10 +65,10 @@ pub(crate) struct Plan {
     stack: Vec<u8>,
     stdio: [Arc<OwnedFd>; 3],
     reports: OwnedFd,
-    /// Written by the kernel before the command's side runs, which shares the
-    /// supervisor's memory until the exec.
-    pid: libc::pid_t,
-    /// Written by the command's side, read by the supervisor.
+    /// Where the kernel notes the command, if anywhere.
+    pid: *mut libc::pid_t,
+    /// Written by the command's side, read by the supervisor, which shares its
+    /// memory until the exec.
     refusal: Option<(Step, i32)>,
 }
 
@@ -95,7 +96,7 @@ impl UserChange {
     }
 }
 
-pub(crate) struct PlanOptions {
+pub(crate) struct PlanOptions<'a> {
     /// Paths to try, in order, as `execvp` would.
     pub candidates: Vec<CString>,
     pub argv: Vec<CString>,
@@ -110,6 +111,8 @@ pub(crate) struct PlanOptions {
     pub mark: Option<Mark>,
     pub stdio: [Arc<OwnedFd>; 3],
     pub reports: OwnedFd,
+    /// Kept by the caller until it has heard of the start.
+    pub pid: Option<&'a PidSlot>,
     pub tracer: Tracer,
     /// The limit that the command gets back, if the agent raised its own.
     pub open_files: Option<libc::rlimit>,
@@ -118,7 +121,7 @@ pub(crate) struct PlanOptions {
 }
 
 impl Plan {
-    pub(crate) fn new(options: PlanOptions) -> Self {
+    pub(crate) fn new(options: PlanOptions<'_>) -> Self {
         let user = UserChange::of(&options.identity, options.tracer);
         Self {
             candidates: CStrings::new(options.candidates),
@@ -137,7 +140,7 @@ impl Plan {
             stack: vec![0; CHILD_STACK_BYTES],
             stdio: options.stdio,
             reports: options.reports,
-            pid: 0,
+            pid: options.pid.map_or(ptr::null_mut(), PidSlot::as_ptr),
             refusal: None,
         }
     }
@@ -148,24 +151,16 @@ impl Plan {
     /// a child that would go on as this program does. Where a tracer looks at
     /// each of them, they are what a command costs.
     pub(crate) fn launch(mut self) -> io::Result<i32> {
-        let altered = altered_signals();
         // SAFETY: plain system calls on valid pointers. The child half of the
         // fork runs `supervise`, which never returns and keeps to raw system
         // calls: it does not use the C library's idea of its thread, which is
-        // the agent's. Signals stay blocked across the fork so that no handler
-        // of the agent's runtime runs in the child.
+        // the agent's. All signals are blocked, in the agent and so in it.
         unsafe {
-            let mut all: libc::sigset_t = std::mem::zeroed();
-            let mut before: libc::sigset_t = std::mem::zeroed();
-            libc::sigfillset(&raw mut all);
-            libc::sigprocmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
             let pid = libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as libc::pid_t;
             if pid == 0 {
-                supervise(&mut self, altered);
+                supervise(&mut self);
             }
-            let error = io::Error::last_os_error();
-            libc::sigprocmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
-            if pid < 0 { Err(error) } else { Ok(pid) }
+            if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid) }
         }
     }
 }
@@ -195,11 +190,12 @@ impl CStrings {
 }
 
 /// The supervisor. Never returns.
-unsafe fn supervise(plan: &mut Plan, altered: &[c_int]) -> ! {
+unsafe fn supervise(plan: &mut Plan) -> ! {
     // SAFETY: runs alone in a forked child; every pointer lives in `plan`, and
     // only async-signal-safe calls are made.
     unsafe {
-        reset_signals(altered);
+        // Of the dispositions only this one is the agent's own.
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
         for (at, fd) in plan.stdio.iter().enumerate() {
             libc::dup2(fd.as_raw_fd(), at as c_int);
@@ -212,9 +208,10 @@ unsafe fn supervise(plan: &mut Plan, altered: &[c_int]) -> ! {
             libc::ioctl(0, libc::TIOCSCTTY, 0);
         }
         let stack_top = plan.stack.as_mut_ptr().add(plan.stack.len() & !15).cast::<c_void>();
-        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PARENT_SETTID | libc::SIGCHLD;
-        let noted_pid = &raw mut plan.pid;
-        let pid = libc::clone(run_command, stack_top, flags, ptr::from_mut(plan).cast::<c_void>(), noted_pid);
+        // Noted before the command runs: it can kill this process right away.
+        let note = if plan.pid.is_null() { 0 } else { libc::CLONE_PARENT_SETTID };
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD | note;
+        let pid = libc::clone(run_command, stack_top, flags, ptr::from_mut(plan).cast::<c_void>(), plan.pid);
         if pid < 0 {
             plan.refusal = Some((Step::Fork, *libc::__errno_location()));
         }
@@ -343,7 +340,6 @@ unsafe fn become_command(plan: &Plan) -> (Step, c_int) {
         if libc::chdir(plan.workdir.as_ptr()) < 0 {
             return (Step::Workdir, errno());
         }
-        send(Report::Starting { pid: ptr::read_volatile(&raw const plan.pid) });
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
@@ -372,38 +368,6 @@ unsafe fn raise_oom_score(score: &[u8]) {
         if fd >= 0 {
             // The exec closes it.
             libc::write(fd, score.as_ptr().cast::<c_void>(), score.len());
-        }
-    }
-}
-
-/// Signals that this program, or whoever started it, treats in a way of its own.
-/// The agent has set up all of its own before it takes the first command. What
-/// the kernel sends for a fault is not among them: that handler is gone with the
-/// exec, and before it there is no fault.
-fn altered_signals() -> &'static [c_int] {
-    static ALTERED: OnceLock<Vec<c_int>> = OnceLock::new();
-    let of_fault = |signal: c_int| matches!(signal, libc::SIGSEGV | libc::SIGBUS);
-    ALTERED.get_or_init(|| (1..=libc::SIGRTMAX()).filter(|signal| !of_fault(*signal) && is_altered(*signal)).collect())
-}
-
-fn is_altered(signal: c_int) -> bool {
-    // SAFETY: reads a disposition into a local variable; invalid numbers are
-    // refused by the kernel.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(signal, ptr::null(), &raw mut action) == 0 && action.sa_sigaction != libc::SIG_DFL
-    }
-}
-
-/// Ignored signals would stay so in the command, and a handler would run in it
-/// before its program does.
-unsafe fn reset_signals(signals: &[c_int]) {
-    // SAFETY: resets dispositions of this process.
-    unsafe {
-        let mut default: libc::sigaction = std::mem::zeroed();
-        default.sa_sigaction = libc::SIG_DFL;
-        for &signal in signals {
-            libc::sigaction(signal, &raw const default, ptr::null_mut());
         }
     }
 }
