@@ -42,6 +42,21 @@ async fn status_streams_and_signals_pass_through() {
     fixture.finish().await;
 }
 
+/// The agent keeps what it has read of the user database only while it is true.
+#[tokio::test(flavor = "multi_thread")]
+async fn users_are_those_the_sandbox_has_now() {
+    let fixture = Fixture::start().await;
+    let as_ada = async || fixture.server.run(&["exec", &fixture.id, "-u", "ada", "--", "id", "-u"]).await;
+    let change = async |script: &str| fixture.server.run(&["exec", &fixture.id, "--shell", "--", script]).await.ok();
+    as_ada().await.says("ada");
+    change("echo ada:x:1234:1234::/tmp:/bin/sh >> /etc/passwd").await;
+    assert_eq!(as_ada().await.ok().stdout(), "1234\n");
+    // The same file of the same size, changed within the grain of its clock.
+    change("sed s/1234/1235/g /etc/passwd > /tmp/new && cat /tmp/new > /etc/passwd").await;
+    assert_eq!(as_ada().await.ok().stdout(), "1235\n");
+    fixture.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn input_of_any_size_reaches_the_command() {
     let fixture = Fixture::start().await;
