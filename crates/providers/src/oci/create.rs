@@ -25,6 +25,7 @@ use tokio::sync::oneshot;
 use super::disk::{DiskChoice, DiskRecord};
 use super::error::OciError;
 use super::external::{Binary, Hierarchies};
+use super::launch::ReadyMounts;
 use super::network::{self, Destination, Port};
 use super::pairs::Pair;
 use super::registry::Live;
@@ -183,35 +184,53 @@ async fn make(runtime: &Arc<Runtime>, plan: &Plan) -> Result<Live, OciError> {
         }
         made => made.map_err(OciError::file("make", &sandbox))?,
     }
+    let lease = async {
+        match &plan.image.stored {
+            Some(stored) => runtime.lease(&plan.id, stored).await,
+            None => Ok(()),
+        }
+    };
+    // The lease is written by another thread meanwhile.
+    let (leased, order) = tokio::join!(lease, order(runtime, plan, &sandbox));
+    leased?;
+    let Order { record, job, fds } = order?;
+    let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+    let (done, fds) = runtime.spawner.call(job, &fds).await?;
+    let (Done::Launched(_), Some(pidfd)) = (done, fds.into_iter().next()) else {
+        return Err(CallError::Lost.into());
+    };
+    Live::new(record, pidfd).map_err(OciError::system("watch the sandbox's init"))
+}
+
+/// What the spawner is asked for, once all that it needs is there.
+struct Order {
+    record: Record,
+    job: Job,
+    fds: Vec<OwnedFd>,
+}
+
+async fn order(runtime: &Runtime, plan: &Plan, sandbox: &std::path::Path) -> Result<Order, OciError> {
     let Pair { uids, user, network, mounts, port, .. } = take_pair(runtime, plan).await?;
     let (uid_base, own) = (uids.base(), OwnNetwork::of(plan, port.as_ref()));
     let (disk, disk_mount) = runtime.disks.take(plan.disk, uid_base).await?;
     let groups = groups(runtime, &plan.id).map_err(OciError::system("find the control groups"))?;
     let held = Held { uid_base, disk, groups, runtime: runtime.external.clone() };
     let record = Record::from(record(plan, held, port.as_ref()));
-    state::save(&sandbox, &record).map_err(OciError::file("write the record in", &sandbox))?;
+    state::save(sandbox, &record).map_err(OciError::file("write the record in", sandbox))?;
     // The record owns both from here on, and only whoever frees the sandbox
     // gives them back: twice would hand a range in use to somebody else.
     uids.keep();
     let port = port.map(Port::keep);
-    if let Some(stored) = &plan.image.stored {
-        runtime.lease(&plan.id, stored).await?;
-    }
-    let (groups, listener, boot) = prepare(runtime, plan, &record, &sandbox)?;
+    let (groups, listener, boot) = prepare(runtime, plan, &record, sandbox)?;
     if let Some(port) = port {
         runtime.allow(port, plan.allowed.as_deref().unwrap_or_default()).await?;
     }
-
     let launch = LaunchPlan { has_mounts: mounts.is_some(), ..launch_plan(runtime, plan, &record, groups, own) };
     let job = job(runtime, plan, &record, launch);
-    let mut fds: Vec<BorrowedFd<'_>> = vec![listener.as_fd(), boot.as_fd(), user.as_fd(), network.as_fd()];
-    fds.extend(mounts.iter().flat_map(|mounts| [mounts.dev.as_fd(), mounts.sys.as_fd()]));
-    fds.extend(disk_mount.as_ref().map(AsFd::as_fd));
-    let (done, fds) = runtime.spawner.call(job, &fds).await?;
-    let (Done::Launched(_), Some(pidfd)) = (done, fds.into_iter().next()) else {
-        return Err(CallError::Lost.into());
-    };
-    Live::new(record, pidfd).map_err(OciError::system("watch the sandbox's init"))
+    let mut fds = vec![listener, boot, user, network];
+    fds.extend(mounts.into_iter().flat_map(|ReadyMounts { dev, sys }| [dev, sys]));
+    fds.extend(disk_mount);
+    Ok(Order { record, job, fds })
 }
 
 /// Namespaces as the sandbox needs them.
