@@ -61,6 +61,8 @@ fn plant(schema: &Value, depth: usize, lines: &mut Vec<String>, planted: &mut us
             () if refused => continue,
             () if ["cpus", "memory", "tmpfs"].contains(&name.as_str()) => continue,
             () if takes("array") && takes("object") => format!("[{MARK}, other]"),
+            () if name == "preview_domain" => format!("{MARK}.example"),
+            () if name == "preview_url" => format!("https://{MARK}.example"),
             () if name == "cors_allowed_origins" => format!("['https://{MARK}.example']"),
             () if takes("array") => format!("['{MARK}.example']"),
             () if takes("object") => format!("{{name: {MARK}}}"),
