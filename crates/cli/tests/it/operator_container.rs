@@ -206,15 +206,31 @@ pgrep --full --count '^sleep 4321' || true
 systemctl show --property Result --value stacyvm
 "#;
 
+/// Flags for all control groups of the host. Where they are several, the place
+/// they are in is the container's own: systemd makes it read-only, for everybody
+/// who shares it.
+fn hierarchies() -> Vec<String> {
+    const PLACE: &str = "/sys/fs/cgroup";
+    if Path::new(PLACE).join("cgroup.controllers").exists() {
+        return vec![format!("--volume={PLACE}:{PLACE}")];
+    }
+    let entries = fs::read_dir(PLACE).expect("control groups").map(|entry| entry.expect("an entry"));
+    let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    let volumes = directories.map(|entry| entry.path()).map(|path| format!("--volume={0}:{0}", path.display()));
+    std::iter::once(format!("--tmpfs={PLACE}")).chain(volumes).collect()
+}
+
 /// Restarts, stops and crashes end the server alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_unit_does_under_systemd_what_it_promises() {
     const MACHINE: &str = "machine-of-the-test";
     let (site, daemon) = (Site::new(), Dockerd::shared());
     let bases = Bases::shared(daemon).await;
+    let machine = ["--cgroupns=host", "--volume=/var/lib/stacyvm", "--tmpfs=/run", "--tmpfs=/run/lock"];
     // systemd makes the groups of its units itself.
-    let machine = ["--cgroupns=host", "--volume=/sys/fs/cgroup:/sys/fs/cgroup", "--volume=/var/lib/stacyvm"];
-    let machine = [&machine[..], &["--tmpfs=/run", "--tmpfs=/run/lock", "--env=container=docker"]].concat();
+    let hierarchies = hierarchies();
+    let hierarchies: Vec<&str> = hierarchies.iter().map(String::as_str).collect();
+    let machine = [&machine[..], &hierarchies, &["--env=container=docker"]].concat();
     daemon.docker(
         &[&["run", "--detach", "--name", MACHINE][..], rights(), &machine, &[&bases.run, "/sbin/init"]].concat(),
     );

@@ -7,7 +7,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::UnmountFlags;
+use rustix::mount::{MountFlags, UnmountFlags};
 
 /// Where hierarchies are mounted.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -54,12 +54,18 @@ impl Hierarchies {
 
     /// On a host with both kinds, leaves only the first in the calling
     /// process's mount namespace: crun refuses to run with both, and no runtime
-    /// limits anything by the second there.
+    /// limits anything by the second there. crun makes its group all the same,
+    /// as a directory, and fails where it cannot: systemd keeps the place of all
+    /// hierarchies read-only. So it gets a place that is nobody's.
     pub(super) fn leave_one_kind(&self) -> io::Result<()> {
         if self.v1.is_empty() {
             return Ok(());
         }
-        self.v2.iter().try_for_each(|mount| Ok(rustix::mount::unmount(mount, UnmountFlags::DETACH)?))
+        self.v2.iter().try_for_each(|mount| {
+            rustix::mount::unmount(mount, UnmountFlags::DETACH)?;
+            let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            Ok(rustix::mount::mount("none", mount, "tmpfs", flags, c"size=64k,mode=755")?)
+        })
     }
 }
 
@@ -78,5 +84,29 @@ mod tests {
         let groups = found.groups(Path::new("/stacyvm/0123/sb"));
         let expected = ["/sys/fs/cgroup/memory/stacyvm/0123/sb", "/sys/fs/cgroup/unified/stacyvm/0123/sb"];
         assert_eq!(groups, expected.map(PathBuf::from));
+    }
+
+    /// As root only, as is every host with hierarchies that can be left out.
+    #[test]
+    fn where_the_second_kind_was_there_is_room() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let place = tempfile::tempdir().unwrap();
+        let unified = place.path().join("unified");
+        let group = unified.join("stacyvm/0123/sb");
+        // Mounts of a thread of its own.
+        let made = std::thread::spawn(move || -> io::Result<()> {
+            crate::host::sys::unshare(libc::CLONE_NEWNS)?;
+            crate::oci::launch::mounts::separate_from_host()?;
+            let mount = |at: &Path, flags| rustix::mount::mount("none", at, "tmpfs", flags, None);
+            mount(place.path(), MountFlags::empty())?;
+            std::fs::create_dir(&unified)?;
+            mount(&unified, MountFlags::empty())?;
+            rustix::mount::mount_remount(place.path(), MountFlags::RDONLY, "")?;
+            Hierarchies { v1: vec!["/v1".into()], v2: vec![unified] }.leave_one_kind()?;
+            std::fs::create_dir_all(group)
+        });
+        made.join().unwrap().unwrap();
     }
 }
