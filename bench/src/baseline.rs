@@ -88,11 +88,14 @@ fn make_bundle(archive: &Path, bundle: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// Some runtimes refuse a host with both kinds of cgroups. In a mount namespace
-/// of its own the second kind can be taken away; the timing happens inside, so
-/// that entering it costs nothing.
+/// of its own the second kind can be taken away, with a place for what they make
+/// there that goes with the namespace; the timing happens inside, so that
+/// entering it costs nothing.
 fn oci_runtime(name: &str, bundle: &Path) -> anyhow::Result<Spread> {
     let program = find_program(name).with_context(|| format!("{name} is not installed"))?;
-    let script = "umount /sys/fs/cgroup/unified 2>/dev/null; exec \"$@\"";
+    let script = "unified=/sys/fs/cgroup/unified\n\
+                  ! umount $unified 2>/dev/null || mount -t tmpfs -o size=64k none $unified\n\
+                  exec \"$@\"";
     let output = Command::new("unshare")
         .args(["-m", "sh", "-c", script, "sh"])
         .arg(std::env::current_exe()?)

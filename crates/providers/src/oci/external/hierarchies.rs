@@ -54,9 +54,9 @@ impl Hierarchies {
 
     /// On a host with both kinds, leaves only the first in the calling
     /// process's mount namespace: crun refuses to run with both, and no runtime
-    /// limits anything by the second there. crun makes its group all the same,
-    /// as a directory, and fails where it cannot: systemd keeps the place of all
-    /// hierarchies read-only. So it gets a place that is nobody's.
+    /// limits anything by the second there. crun makes directories in its place
+    /// all the same, so that place is one that goes with the namespace: in the
+    /// host's they would stay for ever, and systemd keeps that read-only.
     pub(super) fn leave_one_kind(&self) -> io::Result<()> {
         if self.v1.is_empty() {
             return Ok(());
@@ -88,7 +88,7 @@ mod tests {
 
     /// As root only, as is every host with hierarchies that can be left out.
     #[test]
-    fn where_the_second_kind_was_there_is_room() {
+    fn what_is_made_in_place_of_the_second_kind_does_not_stay() {
         if !rustix::process::geteuid().is_root() {
             return;
         }
@@ -96,7 +96,7 @@ mod tests {
         let unified = place.path().join("unified");
         let group = unified.join("stacyvm/0123/sb");
         // Mounts of a thread of its own.
-        let made = std::thread::spawn(move || -> io::Result<()> {
+        let left = std::thread::spawn(move || -> io::Result<bool> {
             crate::host::sys::unshare(libc::CLONE_NEWNS)?;
             crate::oci::launch::mounts::separate_from_host()?;
             let mount = |at: &Path, flags| rustix::mount::mount("none", at, "tmpfs", flags, None);
@@ -104,9 +104,11 @@ mod tests {
             std::fs::create_dir(&unified)?;
             mount(&unified, MountFlags::empty())?;
             rustix::mount::mount_remount(place.path(), MountFlags::RDONLY, "")?;
-            Hierarchies { v1: vec!["/v1".into()], v2: vec![unified] }.leave_one_kind()?;
-            std::fs::create_dir_all(group)
+            Hierarchies { v1: vec!["/v1".into()], v2: vec![unified.clone()] }.leave_one_kind()?;
+            std::fs::create_dir_all(&group)?;
+            rustix::mount::unmount(&unified, UnmountFlags::DETACH)?;
+            Ok(group.exists())
         });
-        made.join().unwrap().unwrap();
+        assert!(!left.join().unwrap().unwrap());
     }
 }
