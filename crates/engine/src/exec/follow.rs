@@ -28,6 +28,8 @@ const REATTACH_MAX: u32 = 3;
 const REATTACH_PAUSE: Duration = Duration::from_millis(200);
 /// Between two tries of who has nobody to tell.
 const AWAY_PAUSE: Duration = Duration::from_secs(2);
+/// What a sandbox said before its end may take this long to arrive.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 const SIGKILL: i32 = 9;
 
 pub(super) struct Follower {
@@ -57,6 +59,12 @@ enum Phase {
     /// Nobody answers, and the caller was told; the command goes on.
     Away,
     Done,
+}
+
+/// After the end of a sandbox, when all that it said has had time to arrive.
+async fn last_words(record: &Record) {
+    record.ended.cancelled().await;
+    tokio::time::sleep(LAST_WORDS).await;
 }
 
 /// What a reader begins with.
@@ -119,7 +127,7 @@ impl Follower {
             let event = tokio::select! {
                 biased;
                 event = self.inner.next() => event,
-                () = self.record.ended.cancelled() => return Some(Err(self.lose(SessionError::Gone))),
+                () = last_words(&self.record) => return Some(Err(self.lose(SessionError::Gone))),
                 () = at(self.overdue_at) => {
                     self.kill_overdue().await;
                     continue;
