@@ -37,17 +37,23 @@ pub(crate) async fn until_ended(sandbox: Arc<Sandbox>) -> io::Result<()> {
 
 /// Passes a signal on and waits a little for what runs to end by itself.
 async fn forward(sandbox: &Sandbox, signal: i32) {
-    for process in sandbox.processes.list() {
-        if process.exit().is_none() {
-            let _ = crate::process::signal(process, signal).await;
-        }
-    }
-    let all_ended = async {
-        while sandbox.processes.list().iter().any(|process| process.exit().is_none()) {
+    let passed_on = async {
+        // What sent it may have come before the word that it runs.
+        while sandbox.processes.are_starting() {
             sleep(POLL).await;
         }
+        for process in sandbox.processes.list() {
+            if process.exit().is_none() {
+                let _ = crate::process::signal(process, signal).await;
+            }
+        }
+        while !sandbox.processes.are_ended() {
+            sleep(POLL).await;
+        }
+        // Their ends are still to be told.
+        sleep(POLL).await;
     };
-    let _ = timeout(TERMINATION_GRACE, all_ended).await;
+    let _ = timeout(TERMINATION_GRACE, passed_on).await;
 }
 
 /// Waits until the expiry and its grace have passed.

@@ -27,6 +27,7 @@ mod terminal;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -106,6 +107,8 @@ pub(crate) enum InputKind {
 #[derive(Default)]
 pub(crate) struct Processes {
     table: Mutex<Vec<Arc<Process>>>,
+    /// Commands that may run already and are not in the table yet.
+    starting: AtomicUsize,
     console: Mutex<Console>,
 }
 
@@ -123,7 +126,7 @@ pub(crate) struct Process {
     /// Closing it lets the supervisor go; whoever kills holds it open.
     reports: Mutex<Option<Arc<Reports>>>,
     stdin: tokio::sync::Mutex<Option<AsyncFd<OwnedFd>>>,
-    waiting_inputs: std::sync::atomic::AtomicUsize,
+    waiting_inputs: AtomicUsize,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     state: Mutex<State>,
     /// Output or an end: for readers.
@@ -167,6 +170,7 @@ pub(crate) async fn start(sandbox: &Arc<Sandbox>, options: StartOptions) -> Resu
     let sandbox = Arc::clone(sandbox);
     // In a task of its own: a caller that goes away must not leave half of it.
     whole(async move {
+        let _starting = Counted::new(&sandbox.processes.starting);
         let launched = launch::launch(&sandbox, &options).await?;
         let process = Arc::new(launched.process);
         sandbox.processes.insert(&process);
@@ -198,6 +202,15 @@ impl Processes {
         table.retain(|other| other.pid != process.pid);
         table.push(Arc::clone(process));
         forget_old(&mut table);
+    }
+
+    /// Whether any command runs or is about to.
+    pub(crate) fn are_ended(&self) -> bool {
+        !self.are_starting() && self.list().iter().all(|process| process.exit().is_some())
+    }
+
+    pub(crate) fn are_starting(&self) -> bool {
+        self.starting.load(Ordering::Relaxed) > 0
     }
 
     /// Running ones and those that ended not too long ago, oldest first.
@@ -290,10 +303,8 @@ impl Process {
     }
 
     pub(crate) async fn send_input(&self, kind: InputKind, bytes: Bytes) -> Result<(), Failure> {
-        use std::sync::atomic::Ordering;
-        let waiting = self.waiting_inputs.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting_inputs);
-        if waiting >= MAX_WAITING_INPUTS {
+        let _waiting = Counted::new(&self.waiting_inputs);
+        if self.waiting_inputs.load(Ordering::Relaxed) > MAX_WAITING_INPUTS {
             return Err(Failure::Busy(format!("process {} does not read its input", self.pid)));
         }
         match (kind, &self.terminal) {
@@ -386,12 +397,19 @@ impl std::fmt::Display for Selector {
     }
 }
 
-/// Counts a waiting input down, also when its caller goes away.
-struct Waiting<'a>(&'a std::sync::atomic::AtomicUsize);
+/// One more in a count, until it is dropped: also when its caller goes away.
+struct Counted<'a>(&'a AtomicUsize);
 
-impl Drop for Waiting<'_> {
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
