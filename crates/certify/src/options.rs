@@ -9,6 +9,8 @@ use crate::{Status, Target};
 /// Everything but the target.
 #[derive(Debug, Clone)]
 pub struct CertifyOptions {
+    /// What the names of the files beside the report begin with.
+    pub name: String,
     /// The program whose server is started, and which runs `smoke`.
     pub program: PathBuf,
     pub version: String,
@@ -101,6 +103,7 @@ pub(crate) mod tests {
 
     pub(crate) fn options() -> CertifyOptions {
         CertifyOptions {
+            name: "oci".to_owned(),
             program: PathBuf::from("/nowhere/stacyvm"),
             version: "0.0.0".to_owned(),
             commit: "abc".to_owned(),

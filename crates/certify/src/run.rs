@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use stacyvm_api::{SandboxId, Timestamp};
 use stacyvm_conformance::Report as SuiteReport;
+use tokio_util::sync::CancellationToken;
 
 use crate::report::sha256;
 use crate::rows::{self, Looked, Seen};
@@ -15,6 +16,13 @@ use crate::{
 /// Longest time for one row; the contract suite has a limit for each check.
 const ROW_LIMIT: Duration = Duration::from_mins(10);
 const SUITE_LIMIT: Duration = Duration::from_hours(1);
+
+/// The rows of `stacyvm smoke`, the contract suite, and what is left at the end.
+pub(crate) const SMOKE: &str = "B6";
+pub(crate) const SUITE: &str = "B7";
+pub(crate) const LOOK_BACK: &str = "B8";
+
+pub(crate) const INTERRUPTED: &str = "the run was interrupted";
 
 /// What to do where nothing better is known.
 const LOOK: &str = "look at the server's log beside the report, and run `stacyvm doctor` on this host";
@@ -35,14 +43,16 @@ pub struct Certified {
 }
 
 /// Looks at every row of a target. What cannot be looked at is part of the
-/// report; nothing is an error.
+/// report; nothing is an error. Told to `stop`, it looks at no further row, and
+/// ends what it has made.
 pub async fn certify(
     target: Target,
     options: &CertifyOptions,
     host_checks: &[HostCheck],
     observer: &dyn Observer,
+    stop: &CancellationToken,
 ) -> Certified {
-    let mut run = Run::new(target, options, observer);
+    let mut run = Run::new(target, options, observer, stop);
     rows::host::look(&mut run, host_checks).await;
     let provider = target.provider();
     if options.given.is_none() && !options.known_providers.iter().any(|known| known == provider) {
@@ -52,7 +62,7 @@ pub async fn certify(
         );
         return run.finish("none: there is no such provider");
     }
-    let mut subject = match Subject::open(target, options).await {
+    let mut subject = match Subject::open(target, options, stop).await {
         Ok(subject) => subject,
         Err(why) => {
             run.note("B0", Seen::fail(why, LOOK));
@@ -79,6 +89,7 @@ pub async fn certify(
 pub(crate) struct Run<'a> {
     pub(crate) target: Target,
     pub(crate) options: &'a CertifyOptions,
+    pub(crate) stop: &'a CancellationToken,
     /// Marks the sandboxes of this run.
     pub(crate) mark: String,
     pub(crate) suite: Option<SuiteReport>,
@@ -90,10 +101,16 @@ pub(crate) struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(target: Target, options: &'a CertifyOptions, observer: &'a dyn Observer) -> Self {
+    fn new(
+        target: Target,
+        options: &'a CertifyOptions,
+        observer: &'a dyn Observer,
+        stop: &'a CancellationToken,
+    ) -> Self {
         Self {
             target,
             options,
+            stop,
             mark: SandboxId::random().to_string(),
             suite: None,
             measured: None,
@@ -120,12 +137,22 @@ impl<'a> Run<'a> {
         if !self.has(id) {
             return false;
         }
-        let limit = if id == "B7" { SUITE_LIMIT } else { ROW_LIMIT };
+        if self.stop.is_cancelled() && id != LOOK_BACK {
+            self.note(id, Seen::unavailable(INTERRUPTED, "run it again"));
+            return false;
+        }
+        let limit = if id == SUITE { SUITE_LIMIT } else { ROW_LIMIT };
         let started = Instant::now();
-        let seen = match tokio::time::timeout(limit, work).await {
-            Ok(Ok(seen)) => seen,
-            Ok(Err(trouble)) => trouble.into_seen(LOOK),
-            Err(_) => Seen::fail(format!("not done after {limit:?}"), LOOK),
+        let seen = tokio::select! {
+            // Those free what they have made, and then end by themselves.
+            () = self.stop.cancelled(), if !matches!(id, SMOKE | SUITE | LOOK_BACK) => {
+                Seen::unavailable(INTERRUPTED, "run it again")
+            }
+            looked = tokio::time::timeout(limit, work) => match looked {
+                Ok(Ok(seen)) => seen,
+                Ok(Err(trouble)) => trouble.into_seen(LOOK),
+                Err(_) => Seen::fail(format!("not done after {limit:?}"), LOOK),
+            },
         };
         let well = matches!(seen.status, Status::Pass | Status::Warn);
         self.record(id, seen, started.elapsed());
@@ -183,7 +210,7 @@ impl<'a> Run<'a> {
 
     /// A file beside the report. Written again under the same name it grows.
     pub(crate) fn attach(&mut self, name: &str, text: &str) {
-        let name = format!("{}-{name}", self.target);
+        let name = format!("{}-{name}", self.options.name);
         match self.files.iter_mut().find(|(known, _)| *known == name) {
             Some((_, bytes)) => bytes.extend_from_slice(text.as_bytes()),
             None => self.files.push((name, text.as_bytes().to_vec())),
@@ -240,7 +267,11 @@ impl<'a> Run<'a> {
             host_os_kernel: format!("{} ({})", host.os, host.distribution),
             stacyvm_version: format!("{} ({})", self.options.version, self.options.commit),
             config_file: self.config_file(),
-            provider_health_endpoint: format!("{url}/api/v1/providers/{}", self.target.provider()),
+            provider_health_endpoint: if url.starts_with("http") {
+                format!("{url}/api/v1/providers/{}", self.target.provider())
+            } else {
+                url.to_owned()
+            },
             smoke_script_result: word(&ids(&["B2", "B5", "B6"])),
             lifecycle_conformance: self.suite_part(&["C01", "C02", "C03", "C04", "C05", "C06", "S6"]),
             exec_conformance: self.suite_part(&["C07", "C08", "C09", "S2", "S3"]),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use stacyvm_api::Timestamp;
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::context::SharedSandbox;
 use crate::{Check, CheckReport, Context, Failure, Report, Status, Summary, Target, TargetError, checks};
@@ -16,18 +17,21 @@ const CLEANUP_DEADLINE: Duration = Duration::from_mins(1);
 const DEFAULT_IMAGE: &str = "alpine:latest";
 
 /// Which checks run, and in what image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct RunOptions {
     pub image: String,
     /// Ids (`C07`), or beginnings of ids (`S3`); empty runs everything.
     pub only: Vec<String>,
     /// Shortens the deadlines of all checks to at most this.
     pub deadline_max: Option<Duration>,
+    /// The check that runs then fails, none follows, and what was made is freed
+    /// as ever.
+    pub stop: CancellationToken,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
-        Self { image: DEFAULT_IMAGE.to_owned(), only: Vec::new(), deadline_max: None }
+        Self { image: DEFAULT_IMAGE.to_owned(), only: Vec::new(), deadline_max: None, stop: CancellationToken::new() }
     }
 }
 
@@ -72,7 +76,12 @@ async fn run_checks(
         observer.started(index + 1, selected.len(), check);
         let result = run_check(check, &target, options, &shared).await;
         observer.finished(index + 1, selected.len(), &result);
+        // Only a failed check may be the last one: no part of the contract passes for the whole.
+        let is_last = options.stop.is_cancelled() && result.status == Status::Fail;
         results.push(result);
+        if is_last {
+            break;
+        }
     }
     let left_behind = free_the_rest(&*target, &shared).await;
     Report {
@@ -144,7 +153,7 @@ async fn run_check(
     }
     let start = Instant::now();
     let context = Arc::new(Context::new(target.clone(), options.image.clone(), check.id, shared.clone()));
-    if let Err(failure) = outcome(check, options.deadline_max, context.clone()).await {
+    if let Err(failure) = outcome(check, options, context.clone()).await {
         mark_failed(&mut report, &failure);
         // What a failed check left in the shared sandbox must not fail others.
         if let Err(failure) = bounded_cleanup(shared.replace(&**target)).await {
@@ -160,19 +169,19 @@ async fn run_check(
 }
 
 /// The check in a task of its own, so that a panic is its failure alone.
-async fn outcome(check: &'static Check, deadline_max: Option<Duration>, context: Arc<Context>) -> Result<(), Failure> {
-    let deadline = deadline_max.map_or(check.deadline, |most| most.min(check.deadline));
+async fn outcome(check: &'static Check, options: &RunOptions, context: Arc<Context>) -> Result<(), Failure> {
+    let deadline = options.deadline_max.map_or(check.deadline, |most| most.min(check.deadline));
     let mut task = tokio::spawn(async move { (check.body)(&context).await });
-    match timeout(deadline, &mut task).await {
-        Ok(Ok(checked)) => checked,
-        Ok(Err(panic)) => Err(Failure(format!("the check itself broke: {panic}"))),
-        Err(_) => {
-            task.abort();
-            // Wait for the end, so that nothing is made while cleaning up.
-            let _ = task.await;
-            Err(Failure(format!("not finished after {deadline:?}")))
-        }
-    }
+    let why = tokio::select! {
+        biased;
+        () = options.stop.cancelled() => "interrupted".to_owned(),
+        ended = &mut task => return ended.unwrap_or_else(|panic| Err(Failure(format!("the check itself broke: {panic}")))),
+        () = tokio::time::sleep(deadline) => format!("not finished after {deadline:?}"),
+    };
+    task.abort();
+    // Wait for the end, so that nothing is made while cleaning up.
+    let _ = task.await;
+    Err(Failure(why))
 }
 
 async fn bounded_cleanup(cleanup: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
@@ -313,6 +322,37 @@ mod tests {
         assert_eq!(ledger.list().await.unwrap(), []);
         assert_eq!(report.left_behind, Vec::<String>::new());
         assert!(!report.is_success());
+    }
+
+    /// Says stop in the middle of the second check.
+    struct Impatient(CancellationToken);
+
+    impl Observer for Impatient {
+        fn started(&self, index: usize, _total: usize, _check: &Check) {
+            let stop = self.0.clone();
+            if index == 2 {
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    stop.cancel();
+                });
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_run_that_is_interrupted_frees_what_it_made_and_is_no_success() {
+        static ENDLESS: Check =
+            Check { deadline: Duration::from_hours(1), ..check("T6", &[], |cx| Box::pin(makes_then_hangs(cx))) };
+        let (ledger, stop) = (Arc::new(Ledger::default()), CancellationToken::new());
+        let all = [&PASSES, &ENDLESS, &SKIPPED, &PASSES];
+        let options = RunOptions { stop: stop.clone(), ..RunOptions::default() };
+        let report = run_checks(ledger.clone(), &all, &options, &Impatient(stop)).await;
+        let seen: Vec<_> = report.checks.iter().map(|check| (check.id.as_str(), check.reason.as_deref())).collect();
+        assert_eq!(seen, [("T1", None), ("T6", Some("interrupted"))]);
+        assert_eq!((ledger.list().await.unwrap(), report.is_success()), (vec![], false));
+        // Said before the first check: nothing is made.
+        let report = run_checks(ledger.clone(), &all, &options, &()).await;
+        assert_eq!((report.checks.len(), report.is_success()), (1, false));
     }
 
     #[tokio::test]

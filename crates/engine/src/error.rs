@@ -156,8 +156,13 @@ impl EngineError {
                     .to_owned(),
             ),
             Self::KeyExists(_) => Some("revoke it first, or choose another name".to_owned()),
-            Self::Store(error) => error.is_disk_full().then(|| {
-                "its operator has to free some space; sandboxes can be used and destroyed meanwhile".to_owned()
+            Self::Store(error) if error.is_disk_full() => {
+                Some("its operator has to free some space; sandboxes can be used and destroyed meanwhile".to_owned())
+            }
+            Self::Store(error) => error.is_damaged().then(|| {
+                "its operator can look with `stacyvm db check`, stop the server, and put a backup in its place: \
+                 `stacyvm db restore BACKUP --yes`"
+                    .to_owned()
             }),
             Self::LastAdminKey(_) => {
                 Some("make another one first, or insist with `force=true` (`stacyvm key revoke --force`)".to_owned())

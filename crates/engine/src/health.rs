@@ -5,8 +5,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use futures_util::future::join_all;
-use stacyvm_api::{ProviderDetail, ProviderHealth};
+use stacyvm_api::{ErrorCode, ProviderDetail, ProviderHealth};
 use stacyvm_sandbox::{HealthReport, Provider};
+use tokio::sync::Notify;
 
 use crate::EngineError;
 use crate::shared::Shared;
@@ -16,7 +17,27 @@ const BASE_CAPABILITIES: [&str; 7] =
     ["spawn", "exec", "exec_stream", "files", "console", "health", "runtime_inventory"];
 
 #[derive(Debug, Default)]
-pub(crate) struct HealthCache(RwLock<BTreeMap<String, ProviderHealth>>);
+pub(crate) struct HealthCache {
+    known: RwLock<BTreeMap<String, ProviderHealth>>,
+    /// What is known may be out of date: the background looks again.
+    doubted: Notify,
+}
+
+impl HealthCache {
+    /// A call failed. Where it says that a provider is away that counts as well,
+    /// nobody is told otherwise until the next check would have been due.
+    pub(crate) fn doubt(&self, provider: &str, error: &EngineError) {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        if error.code() == ErrorCode::Unavailable && known.get(provider).is_some_and(|health| health.healthy) {
+            self.doubted.notify_one();
+        }
+    }
+
+    /// Waits for such a call.
+    pub(crate) async fn doubted(&self) {
+        self.doubted.notified().await;
+    }
+}
 
 impl Shared {
     /// Checks all providers at the same time, each within its deadline.
@@ -24,7 +45,7 @@ impl Shared {
         // Each is known as soon as it is: one that hangs holds up no other.
         let checks = self.providers.values().map(|provider| async move {
             let health = self.check_provider(provider).await;
-            let mut cache = self.health.0.write().unwrap_or_else(PoisonError::into_inner);
+            let mut cache = self.health.known.write().unwrap_or_else(PoisonError::into_inner);
             if cache.get(&health.name).is_some_and(|before| before.healthy != health.healthy) {
                 tracing::info!(provider = health.name, healthy = health.healthy, error = health.error, "provider");
             }
@@ -36,7 +57,7 @@ impl Shared {
 
     /// In order of name.
     pub(crate) fn cached_health(&self) -> Vec<ProviderHealth> {
-        let cache = self.health.0.read().unwrap_or_else(PoisonError::into_inner);
+        let cache = self.health.known.read().unwrap_or_else(PoisonError::into_inner);
         let known = |provider: &Arc<dyn Provider>| {
             cache.get(provider.name()).cloned().unwrap_or_else(|| ProviderHealth {
                 name: provider.name().to_owned(),

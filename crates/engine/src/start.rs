@@ -122,7 +122,10 @@ async fn begin_background_work(shared: &Arc<Shared>) {
     let health = Arc::clone(shared);
     shared.spawn(async move {
         loop {
-            tokio::time::sleep(health.options.timing.health_interval).await;
+            tokio::select! {
+                () = tokio::time::sleep(health.options.timing.health_interval) => {}
+                () = health.health.doubted() => {}
+            }
             health.check_providers().await;
         }
     });

@@ -54,7 +54,7 @@ pub use options::{
 };
 use preview::Scheme;
 pub use preview::check_options as check_preview_options;
-pub use server::Server;
+pub use server::{Server, check_lists};
 pub use table::{BASE, BodyRule, RouteInfo};
 pub use tls::{TlsError, TlsFiles, TlsOptions};
 

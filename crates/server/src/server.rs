@@ -15,7 +15,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::connection::{self, Site, Surface};
+use crate::guard::Guard;
 use crate::linger::Lingering;
+use crate::peer::TrustedProxies;
 use crate::preview::{Arrival, Domain, Scheme};
 use crate::tls::{HANDSHAKE_TIME, Tls, https_only, is_challenge, is_plain_http};
 use crate::{App, Listener, ServerError, ServerOptions, check_preview_options};
@@ -35,6 +37,12 @@ pub struct Server {
     main: Vec<TcpListener>,
     preview_paths: Vec<TcpListener>,
     tls: Option<Tls>,
+}
+
+/// What [`Server::bind`] would say of the lists of hosts, origins and proxies.
+pub fn check_lists(options: &ServerOptions) -> Result<(), ServerError> {
+    Guard::new(options, false)?;
+    TrustedProxies::parse(&options.trusted_proxies).map(drop)
 }
 
 impl Server {

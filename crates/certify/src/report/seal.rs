@@ -30,8 +30,8 @@ pub enum VerifyError {
     NotAReport(&'static str),
     #[error("it was changed: it says {stated}, and is {actual}")]
     Changed { stated: String, actual: String },
-    #[error("it is of {generated_at}, which is longer ago than {max_age_days} days")]
-    TooOld { generated_at: String, max_age_days: u64 },
+    #[error("it is of {generated_at}, which is longer ago than {max_age}")]
+    TooOld { generated_at: String, max_age: stacyvm_api::Duration },
     #[error("it is of {0}, which is still to come")]
     FromTheFuture(String),
     #[error("the attachment {0} is missing beside the report")]
@@ -137,7 +137,7 @@ pub fn verify(text: &str, max_age: Duration, now: Timestamp) -> Result<Timestamp
         return Err(VerifyError::FromTheFuture(made.to_string()));
     }
     if now.since(made) > max_age {
-        return Err(VerifyError::TooOld { generated_at: made.to_string(), max_age_days: max_age.as_secs() / 86_400 });
+        return Err(VerifyError::TooOld { generated_at: made.to_string(), max_age: max_age.into() });
     }
     Ok(made)
 }

@@ -12,7 +12,7 @@ use tokio::process::Command;
 
 use super::{Looked, Seen, sweep};
 use crate::host::{run as run_program, tail};
-use crate::run::Run;
+use crate::run::{LOOK_BACK, Run, SMOKE, SUITE};
 use crate::server::Subject;
 use crate::{CertifyOptions, Target};
 
@@ -54,7 +54,7 @@ pub(crate) async fn look(run: &mut Run<'_>, subject: &Subject) {
     let mut said = String::new();
     run.look("B2", script(subject, Told::ByArguments, &mut said)).await;
     run.look("B5", script(subject, Told::ByVariables, &mut said)).await;
-    run.look("B6", smoke(options, subject, target, &mut said)).await;
+    run.look(SMOKE, smoke(options, subject, target, &mut said)).await;
     run.attach("smoke.txt", &said);
     suite(run, &client).await;
 }
@@ -77,7 +77,7 @@ pub(crate) async fn look_back(run: &mut Run<'_>, subject: Subject) {
         let seen = Seen::pass(format!("{count} sandboxes of this run were destroyed at its end, and none is left"));
         Ok(if is_ours { seen.with("no directory and no mount below the server's data directory") } else { seen })
     };
-    run.look("B8", seen).await;
+    run.look(LOOK_BACK, seen).await;
 }
 
 fn test_suite(options: &CertifyOptions, with_docker: bool) -> Looked {
@@ -215,12 +215,12 @@ async fn smoke(options: &CertifyOptions, subject: &Subject, target: Target, said
 
 /// The contract suite over the REST API, and its report beside ours.
 async fn suite(run: &mut Run<'_>, client: &Client) {
-    let (target, image) = (run.target, run.options.image.clone());
+    let (target, image, stop) = (run.target, run.options.image.clone(), run.stop.clone());
     let mut kept = None;
     let work = async {
         let server = ServerTarget::connect(client.clone(), Some(target.provider())).await;
         let server = Arc::new(server.map_err(|error| error.to_string())?);
-        let options = RunOptions { image, ..RunOptions::default() };
+        let options = RunOptions { image, stop, ..RunOptions::default() };
         let report = stacyvm_conformance::run(server, &options, &()).await.map_err(|error| error.to_string())?;
         let summary = report.summary;
         let counted = format!("{} passed, {} failed, {} skipped", summary.passed, summary.failed, summary.skipped);
@@ -234,7 +234,7 @@ async fn suite(run: &mut Run<'_>, client: &Client) {
         kept = Some(report);
         Ok(if skipped.is_empty() { seen } else { seen.with(format!("skipped: {skipped}")) })
     };
-    run.look("B7", work).await;
+    run.look(SUITE, work).await;
     // The same under the ids of targets that have no finer rows.
     let ids = ["FC-R2", "QM-R2", "PR-R2", "EX-R2"].map(str::to_owned);
     if let Some(report) = kept {

@@ -7,6 +7,7 @@ mod own;
 use std::time::Duration;
 
 use stacyvm_client::{Client, ClientOptions};
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use faulty::{Call, Fault, FaultyBackend, LEAK};
 pub(crate) use own::OwnServer;
@@ -30,9 +31,13 @@ pub(crate) enum Subject {
 
 impl Subject {
     /// Starts one, or reaches the given one. Says why not.
-    pub(crate) async fn open(target: Target, options: &CertifyOptions) -> Result<Self, String> {
+    pub(crate) async fn open(
+        target: Target,
+        options: &CertifyOptions,
+        stop: &CancellationToken,
+    ) -> Result<Self, String> {
         let Some(given) = &options.given else {
-            return Ok(Self::Own(Box::new(OwnServer::start(target, options).await?)));
+            return Ok(Self::Own(Box::new(OwnServer::start(target, options, stop).await?)));
         };
         let client = ClientOptions { api_key: given.api_key.clone(), ..ClientOptions::new(given.url.clone()) };
         let client = Client::new(&client).map_err(|error| error.to_string())?;

@@ -6,13 +6,15 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use stacyvm_api::SandboxId;
+use stacyvm_api::{ListQuery, Sandbox, SandboxId};
 use stacyvm_client::{Client, ClientOptions};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
 
 use super::{Closed, START_LIMIT, chain, wait_until_ready};
 use crate::host::{run, tail};
+use crate::run::INTERRUPTED;
 use crate::{CertifyOptions, RuntimeSettings, Target};
 
 const STOP_LIMIT: Duration = Duration::from_mins(2);
@@ -36,13 +38,29 @@ pub(crate) struct OwnServer {
 
 impl OwnServer {
     /// Starts it, and waits until it is ready.
-    pub(crate) async fn start(target: Target, options: &CertifyOptions) -> Result<Self, String> {
+    pub(crate) async fn start(
+        target: Target,
+        options: &CertifyOptions,
+        stop: &CancellationToken,
+    ) -> Result<Self, String> {
         let mut server = Self::prepare(target, options)?;
-        if let Some(archive) = &options.image_archive {
-            server.import(archive).await?;
+        let started = tokio::select! {
+            started = server.start_with_image(options) => started,
+            () = stop.cancelled() => Err(INTERRUPTED.to_owned()),
+        };
+        if let Err(why) = started {
+            // What it has prepared for sandboxes goes with it.
+            let _ = server.end().await;
+            return Err(why);
         }
-        server.start_again().await?;
         Ok(server)
+    }
+
+    async fn start_with_image(&mut self, options: &CertifyOptions) -> Result<(), String> {
+        if let Some(archive) = &options.image_archive {
+            self.import(archive).await?;
+        }
+        self.start_again().await
     }
 
     /// Starts one whose backend is another one. It need not get ready, and knows
@@ -142,6 +160,8 @@ impl OwnServer {
         command.args(["serve", "--host", "127.0.0.1", "--log-level", "info", "--log-format", "json", "--port"]);
         command.arg(self.url.rsplit(':').next().filter(|port| !port.is_empty()).unwrap_or("0"));
         command.stdin(Stdio::null()).stdout(File::create(&announced).map_err(said)?).stderr(log);
+        // A terminal's Ctrl-C is for us, who end it when its sandboxes are gone.
+        command.process_group(0);
         self.process = Some(command.spawn().map_err(said)?);
         self.url = self.announced_url(&announced).await?;
         let options = ClientOptions { api_key: Some(self.api_key.clone()), ..ClientOptions::new(self.url.clone()) };
@@ -195,6 +215,34 @@ impl OwnServer {
         record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())
     }
 
+    /// All there are, as soon as it answers: the run may have been interrupted
+    /// while it started again.
+    async fn sandboxes(&mut self) -> Vec<Sandbox> {
+        let end = tokio::time::Instant::now() + START_LIMIT;
+        loop {
+            match self.client.list_all(&ListQuery::default()).await {
+                Ok(all) => return all,
+                Err(_) if self.ended().is_none() && tokio::time::Instant::now() < end => {
+                    tokio::time::sleep(POLL_INTERVAL).await;
+                }
+                Err(_) => return Vec::new(),
+            }
+        }
+    }
+
+    /// Tells it to end, and waits until it has.
+    async fn end(&mut self) -> Result<(), String> {
+        let Some(mut process) = self.process.take() else { return Ok(()) };
+        if let Some(pid) = process.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        if tokio::time::timeout(STOP_LIMIT, process.wait()).await.is_err() {
+            let _ = process.kill().await;
+            return Err(format!("the server did not end within {STOP_LIMIT:?}"));
+        }
+        Ok(())
+    }
+
     /// Destroys what is left, ends it, and looks at what remains.
     pub(crate) async fn close(mut self) -> Closed {
         let mut left = Vec::new();
@@ -204,21 +252,12 @@ impl OwnServer {
                 left.push(format!("it could not be started once more to free what it had: {why}"));
             }
         }
-        let all = self.client.list_all(&stacyvm_api::ListQuery::default()).await;
-        for sandbox in all.into_iter().flatten() {
+        for sandbox in self.sandboxes().await {
             if let Err(error) = self.client.sandbox(sandbox.id.clone()).destroy().await {
                 left.push(format!("{}: {}", sandbox.id, chain(&error)));
             }
         }
-        if let Some(mut process) = self.process.take() {
-            if let Some(pid) = process.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) {
-                let _ = kill_process(pid, Signal::TERM);
-            }
-            if tokio::time::timeout(STOP_LIMIT, process.wait()).await.is_err() {
-                left.push(format!("the server did not end within {STOP_LIMIT:?}"));
-                let _ = process.kill().await;
-            }
-        }
+        left.extend(self.end().await.err());
         let sandboxes = fs::read_dir(self.sandboxes_dir()).into_iter().flatten().flatten();
         left.extend(sandboxes.map(|entry| entry.path().display().to_string()));
         if let Some(workspace) = &self.workspace

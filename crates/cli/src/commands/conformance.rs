@@ -15,8 +15,8 @@ use stacyvm_conformance::{
 use stacyvm_providers::proot::Permission;
 use tempfile::TempDir;
 
-use crate::commands::Context;
 use crate::commands::serve::open_one;
+use crate::commands::{Context, stop_when_interrupted};
 use crate::config::{self, Environment};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
@@ -25,8 +25,8 @@ use crate::output::{Output, Tone, print};
 /// Check a runtime, or a whole server, against the contract
 ///
 /// With --provider the runtime is driven by this program, without a server, in
-/// a data directory of its own, which is gone afterwards. With --url every check goes through the REST
-/// API of a running server.
+/// a data directory of its own, which is gone afterwards. With --url every check
+/// goes through the REST API of a running server. After Ctrl-C, too, nothing stays.
 ///
 /// Exit status: 0 when nothing failed, 1 otherwise.
 #[derive(Debug, Args)]
@@ -69,7 +69,7 @@ pub(crate) struct ConformanceArgs {
 pub(crate) async fn run(context: &Context, args: ConformanceArgs) -> anyhow::Result<ExitCode> {
     let format = args.form(context.output);
     let subject = Subject::open(context, &args).await?;
-    let mut options = RunOptions { only: args.only, ..RunOptions::default() };
+    let mut options = RunOptions { only: args.only, stop: stop_when_interrupted(), ..RunOptions::default() };
     if let Some(image) = args.image {
         options.image = image;
     }

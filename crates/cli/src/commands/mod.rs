@@ -29,7 +29,7 @@ mod providers;
 mod ps;
 mod rootfs;
 mod run;
-mod serve;
+pub(crate) mod serve;
 mod settings;
 mod shell;
 mod smoke;
@@ -266,19 +266,23 @@ pub(crate) fn exit_status(code: i32) -> ExitCode {
 /// Is cancelled when this program is told to end (`SIGTERM`, or its terminal
 /// going away).
 pub(crate) fn stop_when_told() -> CancellationToken {
+    stop_at(&[SignalKind::terminate(), SignalKind::hangup()])
+}
+
+/// [`stop_when_told`], and when the user says so (`Ctrl-C`).
+pub(crate) fn stop_when_interrupted() -> CancellationToken {
+    stop_at(&[SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()])
+}
+
+fn stop_at(signals: &[SignalKind]) -> CancellationToken {
     let stop = CancellationToken::new();
-    let told = stop.clone();
-    tokio::spawn(async move {
-        let (Ok(mut terminate), Ok(mut hangup)) = (signal(SignalKind::terminate()), signal(SignalKind::hangup()))
-        else {
-            return;
-        };
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-        told.cancel();
-    });
+    for mut told in signals.iter().filter_map(|kind| signal(*kind).ok()) {
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            told.recv().await;
+            stop.cancel();
+        });
+    }
     stop
 }
 

@@ -5,8 +5,10 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use stacyvm_server::check_preview_options;
+use stacyvm_providers::docker::{CapabilitySet, Endpoint, Network, Seccomp};
+use stacyvm_server::{ServerOptions, check_lists, check_preview_options};
 
+use crate::commands::serve::logging;
 use crate::config::acme;
 use crate::config::problem::{ConfigError, Problem};
 use crate::config::reserved::{Absence, RESERVED, Reserved};
@@ -367,6 +369,9 @@ fn check(config: &Config, problems: &mut Vec<Problem>) {
     if config.rate_limit.cleanup_interval.is_zero() {
         problems.push(Problem::new("rate_limit.cleanup_interval", "cannot be zero").hint("write 1m"));
     }
+    if let Err(why) = logging::filter(&config.logging.level) {
+        problems.push(Problem::new("logging.level", why).hint(logging::FILTERS));
+    }
     check_server(&config.server, problems);
     check_docker(config, has_key || auth.enabled == Some(true), problems);
     check_custom(config, problems);
@@ -412,6 +417,17 @@ fn check_docker(config: &Config, needs_key: bool, problems: &mut Vec<Problem>) {
                 .hint("set auth.api_key or auth.enabled, or another network: bridge, none, or one made with `docker network create`"),
         );
     }
+    if in_use {
+        let socket = Some(docker.socket.trim()).filter(|socket| !socket.is_empty());
+        let wrong = [
+            ("dropped_caps", CapabilitySet::parse(&docker.dropped_caps, &docker.added_caps).err()),
+            ("network_mode", Network::parse(&docker.network_mode).err()),
+            ("seccomp_profile", Seccomp::read(&docker.seccomp_profile).err()),
+            ("socket", socket.and_then(|socket| Endpoint::parse(socket, None).err())),
+        ];
+        let wrong = wrong.into_iter().filter_map(|(key, why)| Some((format!("providers.docker.{key}"), why?)));
+        problems.extend(wrong.map(|(key, why)| Problem::new(key, why)));
+    }
     for path in docker.tmpfs.keys().filter(|path| !path.starts_with('/')) {
         let message = format!("`{path}` is not an absolute path");
         problems.push(Problem::new("providers.docker.tmpfs", message).hint("write `/cache: size=64m`, for example"));
@@ -438,6 +454,15 @@ fn check_custom(config: &Config, problems: &mut Vec<Problem>) {
 
 fn check_server(server: &Server, problems: &mut Vec<Problem>) {
     if let Err(error) = check_preview_options(&site::preview_options(server), server.port) {
+        problems.push(Problem::of(&error));
+    }
+    let lists = ServerOptions {
+        allowed_hosts: server.allowed_hosts.clone(),
+        cors_origins: server.cors_allowed_origins.clone(),
+        trusted_proxies: server.trusted_proxies.clone(),
+        ..ServerOptions::default()
+    };
+    if let Err(error) = check_lists(&lists) {
         problems.push(Problem::of(&error));
     }
     if server.tls_cert_file.is_some() != server.tls_key_file.is_some() {

@@ -4,10 +4,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 
 use crate::backend::{self, BackendProcess};
 use crate::docker::dockerd::Dockerd;
@@ -21,7 +24,7 @@ async fn certify(site: &Arc<Site>, arguments: &[&str], variables: &[(&str, &str)
     command.env_remove("STACYVM_DATA_DIR");
     command.arg("certify").args(arguments).envs(variables.iter().copied());
     let mut command = tokio::process::Command::from(command);
-    command.stdin(std::process::Stdio::null()).kill_on_drop(true);
+    command.stdin(Stdio::null()).kill_on_drop(true);
     run(command, b"").await
 }
 
@@ -86,6 +89,38 @@ async fn oci_is_certified_with_evidence_that_verifies() {
     verify().await.failed(1).says("is missing");
     fs::write(site.home().join("evidence/oci.json"), text.replacen("WARN", "PASS", 1)).expect("written");
     verify().await.failed(1).says("it was changed");
+}
+
+/// Ctrl-C in a terminal, which every process of the group hears of.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_interrupted_run_has_made_is_gone() {
+    let site = Site::new();
+    let scratch = site.home().join("scratch");
+    fs::create_dir(&scratch).expect("made");
+    let mut command = site.program();
+    command.env_remove("STACYVM_DATA_DIR").env("TMPDIR", &scratch);
+    command.args(["certify", "oci", "--output", "evidence/oci.md", "--image-archive"]).arg(Site::archive());
+    let mut command = tokio::process::Command::from(command);
+    command.process_group(0).kill_on_drop(true).stdin(Stdio::null()).stderr(Stdio::piped());
+    let mut process = command.spawn().expect("it starts");
+    let mut said = BufReader::new(process.stderr.take().expect("piped")).lines();
+    // The contract suite is next, with sandboxes.
+    while let Some(line) = said.next_line().await.expect("text") {
+        if line.contains("B6: ") {
+            break;
+        }
+    }
+    let made = fs::read_dir(&scratch).expect("readable").count();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let group = Pid::from_raw(i32::try_from(process.id().expect("it runs")).expect("an id")).expect("an id");
+    kill_process_group(group, Signal::INT).expect("told");
+    let mut rest = String::new();
+    said.into_inner().read_to_string(&mut rest).await.expect("text");
+    let status = process.wait().await.expect("it ends");
+    assert_eq!(status.code(), Some(1), "{rest}");
+    assert!(rest.contains("[FAIL] B7: ") && rest.contains("[PASS] B8: ") && rest.contains("interrupted"), "{rest}");
+    assert_eq!((made, fs::read_dir(&scratch).expect("readable").count()), (1, 0), "{rest}");
+    assert!(!site.home().join("evidence").exists(), "a part is no report");
 }
 
 /// What this version has no provider for: the host is looked at, the rest is

@@ -163,7 +163,7 @@ async fn a_configuration_that_is_wrong_stops_the_server_and_says_where() {
     refused("defaults:\n  ttl: 30\n", &["stacyvm.yaml:2: `defaults.ttl` must be a duration"]).await;
     refused("server: [1]\ndefaults:\n  vcpus: two\n", &["stacyvm.yaml:1", "stacyvm.yaml:3: `defaults.vcpus`"]).await;
     refused("providers:\n  default: dokcer\n", &["no provider `dokcer`", "auto, oci"]).await;
-    refused("logging:\n  level: loud\n", &["`loud` is not a log level", "hint: "]).await;
+    refused("logging:\n  level: loud\n", &["logging.level: `loud` is not a log level", "(use error, warn"]).await;
     std::fs::remove_file(site.home().join("stacyvm.yaml")).expect("removed");
 
     let missing = site.run(&["serve", "--config", "missing.yaml"]).await.says("missing.yaml");

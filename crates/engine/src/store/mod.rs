@@ -61,24 +61,33 @@ impl StoreError {
     /// Whether the disk that holds the file has no room for more.
     pub fn is_disk_full(&self) -> bool {
         // SQLITE_FULL, and SQLITE_IOERR_SHMSIZE for the index of the log.
-        const CODES: [&str; 2] = ["13", "4874"];
-        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*self.cause);
-        while let Some(error) = cause {
-            match error.downcast_ref::<sqlx::Error>() {
-                Some(sqlx::Error::Database(failure)) if failure.code().is_some_and(|code| CODES.contains(&&*code)) => {
-                    return true;
-                }
-                Some(sqlx::Error::Io(failure)) if failure.kind() == std::io::ErrorKind::StorageFull => return true,
-                _ => cause = error.source(),
-            }
-        }
-        false
+        self.is_caused_by(|error| match error {
+            sqlx::Error::Io(failure) => failure.kind() == std::io::ErrorKind::StorageFull,
+            error => has_code(error, &["13", "4874"]),
+        })
+    }
+
+    /// Whether the file is no database, or no longer a whole one.
+    pub fn is_damaged(&self) -> bool {
+        // SQLITE_CORRUPT and SQLITE_NOTADB.
+        self.is_caused_by(|error| has_code(error, &["11", "26"]))
+    }
+
+    fn is_caused_by(&self, is_it: impl Fn(&sqlx::Error) -> bool) -> bool {
+        let first: &(dyn std::error::Error + 'static) = &*self.cause;
+        let mut causes = std::iter::successors(Some(first), |error| error.source());
+        causes.any(|error| error.downcast_ref().is_some_and(&is_it))
     }
 
     /// For one failure that several callers hear of.
     fn shared(&self) -> Self {
         Self { operation: self.operation, cause: Arc::clone(&self.cause) }
     }
+}
+
+fn has_code(error: &sqlx::Error, codes: &[&str]) -> bool {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    code.is_some_and(|code| codes.contains(&&*code))
 }
 
 /// Names what was being done when a statement failed.
@@ -104,6 +113,7 @@ impl Store {
         if let Some(directory) = path.parent() {
             tokio::fs::create_dir_all(directory).await.doing("make the data directory")?;
         }
+        create(path).await.doing("make the database")?;
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -142,6 +152,12 @@ impl Store {
     }
 }
 
+/// Makes the file where it is missing, for its owner alone: it may be outside the
+/// data directory. What SQLite puts beside it has the same mode.
+async fn create(path: &Path) -> std::io::Result<()> {
+    tokio::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path).await.map(drop)
+}
+
 /// A driver that ignores a setting must not go unnoticed (control-plane R7).
 async fn verify_pragmas(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     const DOING: &str = "verify the settings of the database";
@@ -160,6 +176,8 @@ async fn verify_pragmas(connection: &mut SqliteConnection) -> Result<(), StoreEr
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[tokio::test]
@@ -168,6 +186,11 @@ mod tests {
         let path = directory.path().join("deep/er/stacyvm.db");
         let store = Store::open(&path).await.unwrap();
         store.check().await.unwrap();
+        for file in std::fs::read_dir(path.parent().unwrap()).unwrap() {
+            let file = file.unwrap();
+            let mode = file.metadata().unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode, 0o600, "{}", file.path().display());
+        }
         store.close().await.unwrap();
         drop(store);
 
@@ -183,7 +206,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("stacyvm.db");
         std::fs::write(&path, "this is not a database, and long enough to be looked at").unwrap();
-        assert!(Store::open(&path).await.is_err());
+        let refused = crate::EngineError::from(Store::open(&path).await.unwrap_err());
+        assert!(refused.hint().is_some_and(|hint| hint.contains("db restore")), "{refused:?}");
         assert!(std::fs::read_to_string(&path).unwrap().starts_with("this is not"));
     }
 }

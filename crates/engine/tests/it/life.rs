@@ -371,3 +371,19 @@ async fn health_is_cached_and_readiness_needs_the_default_provider() {
     assert_eq!(engine.test_providers().await, BTreeMap::from([("mock".to_owned(), true)]));
     assert!(engine.readiness().await.ready);
 }
+
+#[tokio::test]
+async fn a_runtime_that_a_call_found_away_does_not_count_as_healthy_until_the_next_check_is_due() {
+    let host = Host::new();
+    let mut options = host.options();
+    options.timing.create_timeout = Duration::from_millis(50);
+    options.timing.health_timeout = Duration::from_millis(50);
+    options.timing.health_interval = Duration::from_hours(1);
+    let engine = host.engine_with(options).await;
+    assert!(engine.providers()[0].healthy);
+    host.mock.faults().inject(MockOperation::Create, Fault::Hang, Times::Once);
+    host.mock.faults().inject(MockOperation::Check, Fault::Hang, Times::Always);
+    let error = create_with(&engine, CreateRequest::default()).await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Unavailable);
+    eventually("it counts as broken", || !engine.providers()[0].healthy).await;
+}

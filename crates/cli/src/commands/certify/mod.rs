@@ -18,8 +18,9 @@ use stacyvm_certify::{
 use crate::check::{Check, Status as Found};
 use crate::commands::serve::KNOWN_PROVIDERS;
 use crate::commands::version::BUILD;
-use crate::commands::{Context, doctor};
+use crate::commands::{Context, doctor, stop_when_interrupted};
 use crate::config::{self, Environment};
+use crate::failure::Advice;
 use crate::output::{Output, print};
 
 /// Certify a runtime on this host, with evidence
@@ -32,6 +33,7 @@ use crate::output::{Output, print};
 ///
 /// With --output the contract suite's report, what smoke said and the server's
 /// log are written beside the report. Its last three fields are yours to fill in.
+/// After Ctrl-C what the run has made is destroyed, and no report is written.
 ///
 /// Exit status: 0 when everything passed, 1 otherwise, 2 for wrong arguments.
 #[derive(Debug, Args)]
@@ -112,19 +114,25 @@ pub(crate) async fn run(context: &Context, args: CertifyArgs) -> anyhow::Result<
     let Targets(targets) = args.target.clone().context("name a target")?;
     let format = args.form(context.output);
     let environment = Environment::of_this_process();
+    let stop = stop_when_interrupted();
     let mut succeeded = true;
     let mut printed = Vec::new();
     for target in targets.iter().copied() {
-        let options = options(context, &args, target, &environment)?;
+        let path = args.output.as_deref();
+        let path = path.map(|path| if targets.len() > 1 { of_target(path, target) } else { path.to_owned() });
+        let options = options(context, &args, target, path.as_deref(), &environment)?;
         let loaded = config::load(args.config.as_deref(), &environment);
         let checks = doctor::runtime_checks(target.name(), &loaded, &environment).await;
         let checks: Vec<HostCheck> = checks.into_iter().map(host_check).collect();
-        let certified = stacyvm_certify::certify(target, &options, &checks, &Watch(context.output)).await;
+        let certified = stacyvm_certify::certify(target, &options, &checks, &Watch(context.output), &stop).await;
+        if stop.is_cancelled() {
+            let hint = "run it again; where B8 names something that is left, remove that first";
+            return Err(Advice::new("the run was interrupted, and no report is written", hint).into());
+        }
         succeeded &= certified.report.is_success();
         context.output.note(&format!("{}\n", certified.report.summary_line()));
-        match &args.output {
+        match path {
             Some(path) => {
-                let path = if targets.len() > 1 { of_target(path, target) } else { path.clone() };
                 write(&path, &certified, format)?;
                 let said = format!("certification report written: {}", path.display());
                 if context.output.is_json() { context.output.note(&said) } else { print(&format!("{said}\n"))? }
@@ -166,6 +174,7 @@ fn options(
     context: &Context,
     args: &CertifyArgs,
     target: Target,
+    output: Option<&Path>,
     environment: &Environment,
 ) -> anyhow::Result<CertifyOptions> {
     let absolute = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("cannot use {}", path.display()));
@@ -177,6 +186,7 @@ fn options(
     let loaded = config::load(args.config.as_deref(), environment)?;
     let api_key = args.stacyvm_api_key.clone().or_else(|| context.api_key.clone());
     Ok(CertifyOptions {
+        name: name_of(output, target),
         program,
         version: BUILD.version.to_owned(),
         commit: BUILD.commit.to_owned(),
@@ -201,6 +211,13 @@ fn host_check(check: Check) -> HostCheck {
         Found::Fail => Status::Fail,
     };
     HostCheck { name: check.name, status, message: check.message, fix: check.fix }
+}
+
+/// What files beside a report begin with: those of another report in the same
+/// directory stay what they are.
+fn name_of(output: Option<&Path>, target: Target) -> String {
+    let stem = output.and_then(Path::file_stem).map(|stem| stem.to_string_lossy().into_owned());
+    stem.unwrap_or_else(|| target.to_string())
 }
 
 /// `certification.md` of docker is `docker-certification.md`.
@@ -241,6 +258,13 @@ mod tests {
         assert_eq!(targets("all").unwrap().0, Target::ALL);
         assert_eq!(targets("kata").unwrap().0, [Target::Kata]);
         assert!(targets("vmware").unwrap_err().contains("firecracker"));
+    }
+
+    #[test]
+    fn files_beside_a_report_have_its_name() {
+        let name = |path: &str| name_of(Some(Path::new(path)), Target::Oci);
+        assert_eq!((name("a/may.md"), name("a/june.md")), ("may".to_owned(), "june".to_owned()));
+        assert_eq!(name_of(None, Target::Oci), "oci");
     }
 
     #[test]

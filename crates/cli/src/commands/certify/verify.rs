@@ -9,6 +9,7 @@ use serde_json::json;
 use stacyvm_api::{Duration, Timestamp};
 
 use crate::commands::Context;
+use crate::config;
 use crate::failure::Advice;
 
 /// Check that a report was not changed, and is not too old
@@ -28,9 +29,13 @@ pub(crate) struct VerifyArgs {
     max_age: Duration,
 }
 
+/// A report has tens of thousands.
+const MAX_REPORT_BYTES: u64 = 16 << 20;
+
 pub(super) fn run(context: &Context, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let path = &args.report;
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        config::read_small_file(path, MAX_REPORT_BYTES).with_context(|| format!("cannot read {}", path.display()))?;
     let again = "certify again: stacyvm certify TARGET --output PATH";
     let refuse = |error: stacyvm_certify::VerifyError| Advice::new(format!("{}: {error}", path.display()), again);
     let made = stacyvm_certify::verify(&text, args.max_age.get(), Timestamp::now()).map_err(refuse)?;

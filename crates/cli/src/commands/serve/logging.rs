@@ -9,9 +9,12 @@ use crate::config::LogFormat;
 use crate::config::Logging;
 use crate::failure::Advice;
 
+/// What to write instead of what is none.
+pub(crate) const FILTERS: &str = "use error, warn, info, debug or trace, or a filter such as info,stacyvm_engine=debug";
+
 /// From here on events are logged.
 pub(crate) fn start(settings: &Logging) -> anyhow::Result<()> {
-    let filter = filter(&settings.level)?;
+    let filter = filter(&settings.level).map_err(|why| Advice::new(why, FILTERS))?;
     let pretty = match settings.format {
         LogFormat::Auto => std::io::stderr().is_terminal(),
         LogFormat::Json => false,
@@ -30,17 +33,16 @@ pub(crate) fn start(settings: &Logging) -> anyhow::Result<()> {
 
 /// A word alone would mean everything of the crate of that name, and so turn
 /// off all there is: here it is a level.
-fn filter(level: &str) -> Result<EnvFilter, Advice> {
+pub(crate) fn filter(level: &str) -> Result<EnvFilter, String> {
     let words = level.split(',').map(str::trim);
     // The library takes a blank for `error`.
     let is_level = |word: &&str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
     let unknown = words.filter(|word| !word.contains(['=', '['])).find(|word| !is_level(word));
-    let why = match (unknown, EnvFilter::try_new(level)) {
-        (None, Ok(filter)) => return Ok(filter),
-        (Some(word), _) => format!("`{word}` is not a log level"),
-        (None, Err(error)) => format!("`{level}` is not a log filter: {error}"),
-    };
-    Err(Advice::new(why, "use error, warn, info, debug or trace, or a filter such as info,stacyvm_engine=debug"))
+    match (unknown, EnvFilter::try_new(level)) {
+        (None, Ok(filter)) => Ok(filter),
+        (Some(word), _) => Err(format!("`{word}` is not a log level")),
+        (None, Err(error)) => Err(format!("`{level}` is not a log filter: {error}")),
+    }
 }
 
 #[cfg(test)]
@@ -53,7 +55,7 @@ mod tests {
             assert!(filter(good).is_ok(), "{good}");
         }
         for bad in ["loud", "", "info,stacyvm_engine", "stacyvm_engine=loud", "info,"] {
-            let error = filter(bad).unwrap_err().to_string();
+            let error = filter(bad).unwrap_err();
             assert!(error.contains("is not a log"), "{bad}: {error}");
         }
     }

@@ -16,7 +16,7 @@ use stacyvm_api::{CreateRequest, Duration, ListQuery, ProviderHealth, SandboxId,
 use stacyvm_client::{Client, ClientOptions, SandboxClient};
 
 use crate::check::{Check, Checks, Status};
-use crate::commands::{Context, given, stop_when_told};
+use crate::commands::{Context, given, stop_when_interrupted};
 use crate::output::{print, took};
 
 /// Marks the sandbox of one run, so that it is found again when its creation
@@ -59,10 +59,9 @@ pub(crate) async fn run(context: &Context, args: &SmokeArgs) -> anyhow::Result<E
         None => context.client()?,
     };
     let mut run = Run { context, client, args, checks: Checks::default(), mark: SandboxId::random().to_string() };
-    let stop = stop_when_told();
+    let stop = stop_when_interrupted();
     let interrupted = tokio::select! {
         () = run.all() => false,
-        _ = tokio::signal::ctrl_c() => true,
         () = stop.cancelled() => true,
     };
     if interrupted {

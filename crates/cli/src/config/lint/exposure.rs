@@ -22,11 +22,7 @@ impl Linter<'_> {
     fn host(&mut self) {
         const KEY: &str = "server.host";
         let host = self.settings.text(KEY).to_owned();
-        // Stored keys are no part of the configuration; with this a server that
-        // has none does not start.
-        let demanded = self.settings.parsed("auth.enabled") == Some(true);
-        let configured = ["auth.api_key", "auth.admin_api_key"].iter().any(|key| self.settings.secret(key).is_some());
-        let has_key = configured || demanded;
+        let has_key = self.has_key();
         if is_loopback(&host) {
             self.pass(KEY, format!("{host} is reached from this machine only"));
         } else if has_key && self.has_tls() {
@@ -45,6 +41,13 @@ impl Linter<'_> {
                 "set auth.api_key_file, or listen on 127.0.0.1",
             );
         }
+    }
+
+    /// Stored keys are no part of the configuration; where they are demanded, a
+    /// server that has none does not start.
+    fn has_key(&self) -> bool {
+        let demanded = self.settings.parsed("auth.enabled") == Some(true);
+        demanded || ["auth.api_key", "auth.admin_api_key"].iter().any(|key| self.settings.secret(key).is_some())
     }
 
     fn has_tls(&self) -> bool {
@@ -103,7 +106,10 @@ impl Linter<'_> {
         const KEY: &str = "server.cors_allowed_origins";
         let origins = self.settings.list(KEY).to_vec();
         let plain = origins.iter().find(|origin| is_plain_and_remote(origin));
-        if origins.iter().any(|origin| origin == "*") {
+        if origins.iter().any(|origin| origin == "*") && !self.has_key() {
+            let message = "pages of every site may call the server, and there is no key: the server will not start";
+            self.fail(KEY, message, "set auth.api_key_file, or list the origins of your own pages");
+        } else if origins.iter().any(|origin| origin == "*") {
             self.risk(KEY, "pages of every site may call the server", "list the origins of your own pages");
         } else if let Some(origin) = plain {
             self.warn(KEY, format!("{origin} can be changed on its way to the browser"), "use https");

@@ -133,6 +133,7 @@ fn names_and_origins_are_ones_own() {
         RISK,
         &format!("server: {{cors_allowed_origins: ['*']}}\nauth: {{api_key: {KEY}}}"),
     );
+    expect("server.cors_allowed_origins", WRONG, "server: {cors_allowed_origins: ['*']}");
     expect("server.cors_allowed_origins", HINT, "server: {cors_allowed_origins: ['http://app.example.com']}");
     expect("server.cors_allowed_origins", FINE, "server: {cors_allowed_origins: ['http://localhost:3000']}");
 }
@@ -297,4 +298,25 @@ fn a_container_daemon_is_judged_where_it_is_used() {
     }
     let unused = docker(&[("providers.docker.enabled", text("false"))]);
     assert!(!unused.keys().any(|name| name.starts_with("docker.")), "{unused:?}");
+}
+
+/// No server starts with these.
+#[test]
+fn what_a_part_of_the_server_refuses_is_a_failure_of_its_key() {
+    for (key, yaml) in [
+        ("server.trusted_proxies", "server: {trusted_proxies: [proxy]}"),
+        ("server.allowed_hosts", "server: {allowed_hosts: ['http://a/b']}"),
+        ("server.cors_allowed_origins", "server: {cors_allowed_origins: [app]}"),
+        ("logging.level", "logging: {level: loud}"),
+        ("providers.docker.dropped_caps", "providers: {docker: {enabled: true, dropped_caps: [NET_ROW]}}"),
+        ("providers.docker.network_mode", "providers: {docker: {enabled: true, network_mode: 'container:x'}}"),
+        ("providers.docker.seccomp_profile", "providers: {default: docker, docker: {seccomp_profile: /none}}"),
+        ("providers.docker.socket", "providers: {default: docker, docker: {socket: 'ftp://x'}}"),
+    ] {
+        let checks = judge(yaml, Strictness::Development);
+        let found = checks.0.iter().find(|check| check.status == Status::Fail);
+        assert_eq!(found.and_then(|check| check.place.as_deref()), Some(key), "{yaml}: {checks:#?}");
+    }
+    let unused = judge("providers: {docker: {socket: 'ftp://x'}}", Strictness::Development);
+    assert_ne!(unused.status(), Status::Fail, "nobody uses it: {unused:#?}");
 }
