@@ -285,6 +285,8 @@ impl Process {
             let _ = rustix::process::kill_process_group(group, Signal::KILL);
         }
         kill::kill_descendants(Tree { root: self.supervisor, mark: self.mark }, self.is_init).await;
+        // It has an end to report, also when somebody inside has stopped it.
+        foreground::tell(self.supervisor, Signal::CONT);
         drop(reports);
     }
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::output::{MAX_BUFFER_BYTES, OutputKind};
 use super::report::Report;
@@ -25,6 +25,9 @@ const KEEP_WHOLE_BYTES: usize = 48 << 10;
 /// Readers may be this far behind before the command is held up. The rest of
 /// the buffer is room for what is in the pipe when the command ends.
 const HELD_UP_AT: u64 = (MAX_BUFFER_BYTES - 4 * READ_BYTES) as u64;
+
+/// A supervisor whose command was killed has this long to say so.
+const REPORT_TIME: Duration = Duration::from_secs(1);
 
 pub(super) type Pipes = Vec<(OutputKind, Arc<AsyncFd<OwnedFd>>)>;
 
@@ -69,23 +72,26 @@ async fn wait(process: &Arc<Process>, deadline: Option<Instant>) -> Option<i32> 
     let reports = lock(&process.reports).clone()?;
     let ended = reports.next();
     tokio::pin!(ended);
-    if let Some(deadline) = deadline {
-        tokio::select! {
-            report = &mut ended => return ended_status(report),
-            () = sleep_until(deadline) => {
-                lock(&process.state).timed_out = true;
-                process.kill().await;
-            }
+    let in_time = match deadline {
+        Some(deadline) => timeout_at(deadline, &mut ended).await.ok(),
+        None => Some((&mut ended).await),
+    };
+    let report = match in_time {
+        Some(report) => report,
+        None => {
+            lock(&process.state).timed_out = true;
+            process.kill().await;
+            timeout(REPORT_TIME, ended).await.ok().flatten()
         }
-    }
-    ended_status(ended.await)
-}
-
-fn ended_status(report: Option<Report>) -> Option<i32> {
+    };
     match report {
         Some(Report::Ended { status }) => Some(status),
-        // The supervisor is gone: somebody inside killed it.
-        None | Some(Report::Starting { .. } | Report::Started { .. } | Report::Refused { .. }) => None,
+        // The supervisor was killed or is kept from speaking by somebody
+        // inside; the command must not go on with nobody to end it.
+        None | Some(Report::Starting { .. } | Report::Started { .. } | Report::Refused { .. }) => {
+            process.kill().await;
+            None
+        }
     }
 }
 

@@ -2,14 +2,17 @@
 
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use stacyvm_envd::BootConfig;
-use stacyvm_sandbox::{EnvdSession, Session as _, SessionError, StartRequest};
+use stacyvm_sandbox::{EnvdSession, Exit, ProcessEvent, ProcessSelector, Session as _, SessionError, StartRequest};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use crate::envd::Client;
-use crate::harness::{Agent, PATIENCE, SocketChannel, shell};
+use crate::harness::{Agent, PATIENCE, SocketChannel, collect, eventually, is_alive, next, shell};
+
+const KILL: i32 = 9;
 
 #[tokio::test]
 async fn without_the_token_nothing_but_health_answers() {
@@ -97,6 +100,36 @@ async fn commands_run_as_the_user_and_files_belong_to_it() {
     let owner = std::fs::metadata(agent.path("d")).expect("made").uid();
     assert_eq!(owner, 65534);
     assert_eq!(agent.shell("touch d/e/f && echo mine").await.text(), "mine\n");
+}
+
+#[tokio::test]
+async fn a_command_that_stops_its_supervisor_is_killed_as_any_other() {
+    let agent = Agent::start();
+    let script = "kill -STOP $PPID; echo $PPID; exec sleep 1000";
+    let request = StartRequest { deadline: Some(Duration::from_millis(700)), ..shell(script) };
+    let overdue = agent.run(request).await.expect("it starts");
+    assert_eq!(overdue.exit, Some(Exit { code: None, signal: Some(KILL), timed_out: true }));
+
+    let mut events = agent.session.start(shell(script)).await.expect("it starts");
+    let ProcessEvent::Started { pid } = next(&mut events).await.expect("an event") else { panic!("no start") };
+    let said = next(&mut events).await.expect("an event");
+    agent.session.signal(&ProcessSelector::Pid(pid), KILL).await.expect("it runs");
+    let killed = collect(events).await.expect("it ends");
+    assert_eq!(killed.exit, Some(Exit { code: None, signal: Some(KILL), timed_out: false }));
+
+    let ProcessEvent::Stdout(said) = said else { panic!("{said:?}") };
+    for supervisor in [overdue.text(), String::from_utf8_lossy(&said).into_owned()] {
+        let supervisor = supervisor.trim().parse().expect("a number");
+        eventually("the supervisor is gone too", async || !is_alive(supervisor)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_kills_its_supervisor_ends_with_it() {
+    let agent = Agent::start();
+    let output = agent.shell("kill -9 $PPID; exec sleep 1000").await;
+    assert_eq!(output.exit, Some(Exit { code: None, signal: Some(KILL), timed_out: false }));
+    eventually("the command is dead", async || !is_alive(output.pid)).await;
 }
 
 #[tokio::test]
