@@ -73,10 +73,7 @@ impl LaunchFds {
             boot: fds.next()?,
             user_namespace: fds.next()?,
             network_namespace: fds.next()?,
-            mounts: match plan.has_mounts {
-                true => Some(ReadyMounts { dev: fds.next()?, sys: fds.next()? }),
-                false => None,
-            },
+            mounts: if plan.has_mounts { Some(ReadyMounts { dev: fds.next()?, sys: fds.next()? }) } else { None },
             disk: fds.next(),
         };
         let complete = match plan.root.disk {
