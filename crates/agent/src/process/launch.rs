@@ -12,15 +12,17 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
+use rustix::process::Signal;
 use tokio::io::Interest;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use super::mark::Mark;
 use super::output::OutputKind;
 use super::report::{Report, Reports, Step};
 use super::run::Pipes;
 use super::supervisor::{Plan, PlanOptions};
-use super::{Process, StartOptions, State, terminal};
+use super::{Process, REPORT_TIME, StartOptions, State, foreground, terminal};
 use crate::boot::NOBODY_ELSE;
 use crate::descriptor::watch_descriptor;
 use crate::user::Identity;
@@ -70,7 +72,7 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
     });
     let supervisor = plan.launch().map_err(|error| out_of("start a process", error))?;
     let reports = Reports::new(reports.into()).map_err(|error| out_of("watch a socket", error))?;
-    let pid = match started(&reports).await {
+    let pid = match started(&reports, supervisor).await {
         Ok(pid) => pid.unwrap_or(supervisor),
         Err((step, errno)) => return Err(refusal(program, &workdir, step, errno)),
     };
@@ -113,10 +115,16 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
 /// Whoever may (`kill -9 -1`) can kill the supervisor before it says so. Then
 /// the command has started as far as its own side told, and ends as one that was
 /// killed; `None` if it was killed before its program ran.
-async fn started(reports: &Reports) -> Result<Option<i32>, (Step, i32)> {
+///
+/// It can also stop the supervisor before that: then it is made to go on.
+async fn started(reports: &Reports, supervisor: i32) -> Result<Option<i32>, (Step, i32)> {
     let mut starting = None;
     loop {
-        match reports.next().await {
+        let Ok(report) = timeout(REPORT_TIME, reports.next()).await else {
+            foreground::tell(supervisor, Signal::CONT);
+            continue;
+        };
+        match report {
             Some(Report::Starting { pid }) => starting = Some(pid),
             Some(Report::Started { pid }) => return Ok(Some(pid)),
             Some(Report::Refused { step, errno }) => return Err((step, errno)),
@@ -296,7 +304,7 @@ mod tests {
             }
             drop(theirs);
             let ours = Reports::new(ours.into()).expect("watched");
-            assert_eq!(started(&ours).await, expected, "{reports:?}");
+            assert_eq!(started(&ours, 0).await, expected, "{reports:?}");
         }
     }
 

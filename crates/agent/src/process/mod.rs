@@ -52,6 +52,10 @@ use crate::{Failure, Sandbox, kernel};
 /// while something else holds the pipe.
 const DRAIN_TIME: Duration = Duration::from_millis(100);
 
+/// A supervisor with something to report does so within this time, unless
+/// somebody inside has stopped it.
+const REPORT_TIME: Duration = Duration::from_secs(1);
+
 /// A reader that takes nothing for this long no longer holds the command up.
 const STALL_PATIENCE: Duration = Duration::from_secs(5);
 

@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::output::{MAX_BUFFER_BYTES, OutputKind};
 use super::report::Report;
-use super::{DRAIN_TIME, Exit, Phase, Process, Processes, STALL_PATIENCE, lock};
+use super::{DRAIN_TIME, Exit, Phase, Process, Processes, REPORT_TIME, STALL_PATIENCE, lock};
 use crate::console::Source;
 
 /// Read from a pipe at once; the pipe holds no more.
@@ -25,9 +25,6 @@ const KEEP_WHOLE_BYTES: usize = 48 << 10;
 /// Readers may be this far behind before the command is held up. The rest of
 /// the buffer is room for what is in the pipe when the command ends.
 const HELD_UP_AT: u64 = (MAX_BUFFER_BYTES - 4 * READ_BYTES) as u64;
-
-/// A supervisor whose command was killed has this long to say so.
-const REPORT_TIME: Duration = Duration::from_secs(1);
 
 pub(super) type Pipes = Vec<(OutputKind, Arc<AsyncFd<OwnedFd>>)>;
 

@@ -4,13 +4,14 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use stacyvm_envd::BootConfig;
-use stacyvm_sandbox::{EnvdSession, Exit, ProcessEvent, ProcessSelector, Session as _, SessionError, StartRequest};
+use stacyvm_sandbox::{EnvdSession, Exit, ProcessSelector, Session as _, SessionError, StartRequest};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use crate::envd::Client;
-use crate::harness::{Agent, PATIENCE, SocketChannel, collect, eventually, is_alive, next, shell};
+use crate::harness::{Agent, Output, PATIENCE, SocketChannel, collect, eventually, is_alive, next, shell};
 
 const KILL: i32 = 9;
 
@@ -110,16 +111,20 @@ async fn a_command_that_stops_its_supervisor_is_killed_as_any_other() {
     let overdue = agent.run(request).await.expect("it starts");
     assert_eq!(overdue.exit, Some(Exit { code: None, signal: Some(KILL), timed_out: true }));
 
-    let mut events = agent.session.start(shell(script)).await.expect("it starts");
-    let ProcessEvent::Started { pid } = next(&mut events).await.expect("an event") else { panic!("no start") };
-    let said = next(&mut events).await.expect("an event");
-    agent.session.signal(&ProcessSelector::Pid(pid), KILL).await.expect("it runs");
-    let killed = collect(events).await.expect("it ends");
-    assert_eq!(killed.exit, Some(Exit { code: None, signal: Some(KILL), timed_out: false }));
-
-    let ProcessEvent::Stdout(said) = said else { panic!("{said:?}") };
-    for supervisor in [overdue.text(), String::from_utf8_lossy(&said).into_owned()] {
-        let supervisor = supervisor.trim().parse().expect("a number");
+    // Many at once: some stop it before it has told of the start.
+    let killed = join_all((0..20).map(async |_| {
+        let mut events = agent.session.start(shell(script)).await.expect("it starts");
+        let mut output = Output::default();
+        while output.stdout.is_empty() {
+            output.add(next(&mut events).await.expect("an event"));
+        }
+        agent.session.signal(&ProcessSelector::Pid(output.pid), KILL).await.expect("it runs");
+        let exit = collect(events).await.expect("it ends").exit;
+        assert_eq!(exit, Some(Exit { code: None, signal: Some(KILL), timed_out: false }));
+        output
+    }));
+    for output in killed.await.into_iter().chain([overdue]) {
+        let supervisor = output.text().trim().parse().expect("a number");
         eventually("the supervisor is gone too", async || !is_alive(supervisor)).await;
     }
 }
