@@ -190,7 +190,7 @@ impl Workdir {
         let mut path = sandbox.workdir();
         if path.is_empty() {
             let home = Some(identity.home.as_str()).filter(|home| Path::new(home).is_dir());
-            path = home.unwrap_or("/").to_owned();
+            home.unwrap_or("/").clone_into(&mut path);
         }
         Ok(Self { path, is_default: true })
     }

@@ -73,13 +73,12 @@ async fn wait(process: &Arc<Process>, deadline: Option<Instant>) -> Option<i32> 
         Some(deadline) => timeout_at(deadline, &mut ended).await.ok(),
         None => Some((&mut ended).await),
     };
-    let report = match in_time {
-        Some(report) => report,
-        None => {
-            lock(&process.state).timed_out = true;
-            process.kill().await;
-            timeout(REPORT_TIME, ended).await.ok().flatten()
-        }
+    let report = if let Some(report) = in_time {
+        report
+    } else {
+        lock(&process.state).timed_out = true;
+        process.kill().await;
+        timeout(REPORT_TIME, ended).await.ok().flatten()
     };
     match report {
         Some(Report::Ended { status }) => Some(status),
