@@ -143,6 +143,13 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
+/// What a server says to whoever started it. It goes on when nobody reads that
+/// any more.
+pub(crate) fn announce(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
 pub(crate) fn state_name(state: SandboxState) -> &'static str {
     match state {
         SandboxState::Creating => "creating",

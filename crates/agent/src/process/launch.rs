@@ -12,8 +12,10 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
+use rustix::process::Signal;
 use tokio::io::Interest;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use super::mark::Mark;
 use super::output::OutputKind;
@@ -21,7 +23,7 @@ use super::pid_slot::PidSlot;
 use super::report::{Report, Reports, Step};
 use super::run::Pipes;
 use super::supervisor::{Plan, PlanOptions};
-use super::{Process, StartOptions, State, terminal};
+use super::{Process, REPORT_TIME, StartOptions, State, foreground, terminal};
 use crate::boot::NOBODY_ELSE;
 use crate::descriptor::watch_descriptor;
 use crate::user::Identity;
@@ -71,7 +73,7 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
     });
     let supervisor = plan.launch().map_err(|error| out_of("start a process", error))?;
     let reports = Reports::new(reports.into()).map_err(|error| out_of("watch a socket", error))?;
-    let pid = match started(&reports, slot.as_ref()).await {
+    let pid = match started(&reports, supervisor, slot.as_ref()).await {
         Ok(pid) => pid.unwrap_or(supervisor),
         Err((step, errno)) => return Err(refusal(program, &workdir, step, errno)),
     };
@@ -114,11 +116,19 @@ pub(super) async fn launch(sandbox: &Sandbox, options: &StartOptions) -> Result<
 /// Whoever may (`kill -9 -1`) can kill the supervisor before it says so. Then
 /// the command has started if there is a process of it, and ends as one that was
 /// killed; `None` if there never was.
-async fn started(reports: &Reports, noted: Option<&PidSlot>) -> Result<Option<i32>, (Step, i32)> {
-    match reports.next().await {
-        Some(Report::Started { pid }) => Ok(Some(pid)),
-        Some(Report::Refused { step, errno }) => Err((step, errno)),
-        Some(Report::Ended { .. }) | None => Ok(noted.and_then(PidSlot::pid)),
+///
+/// It can also stop the supervisor before that: then it is made to go on.
+async fn started(reports: &Reports, supervisor: i32, noted: Option<&PidSlot>) -> Result<Option<i32>, (Step, i32)> {
+    loop {
+        let Ok(report) = timeout(REPORT_TIME, reports.next()).await else {
+            foreground::tell(supervisor, Signal::CONT);
+            continue;
+        };
+        return match report {
+            Some(Report::Started { pid }) => Ok(Some(pid)),
+            Some(Report::Refused { step, errno }) => Err((step, errno)),
+            Some(Report::Ended { .. }) | None => Ok(noted.and_then(PidSlot::pid)),
+        };
     }
 }
 
@@ -296,7 +306,7 @@ mod tests {
             }
             drop(theirs);
             let ours = Reports::new(ours.into()).expect("watched");
-            assert_eq!(started(&ours, Some(&slot)).await, expected, "{noted} {report:?}");
+            assert_eq!(started(&ours, 0, Some(&slot)).await, expected, "{noted} {report:?}");
         }
     }
 

@@ -54,6 +54,10 @@ use crate::{Failure, Sandbox, kernel};
 /// while something else holds the pipe.
 const DRAIN_TIME: Duration = Duration::from_millis(100);
 
+/// A supervisor with something to report does so within this time, unless
+/// somebody inside has stopped it.
+const REPORT_TIME: Duration = Duration::from_secs(1);
+
 /// A reader that takes nothing for this long no longer holds the command up.
 const STALL_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -299,6 +303,8 @@ impl Process {
             let _ = rustix::process::kill_process_group(group, Signal::KILL);
         }
         kill::kill_descendants(Tree { root: self.supervisor, mark: self.mark }, self.is_init).await;
+        // It has an end to report, also when somebody inside has stopped it.
+        foreground::tell(self.supervisor, Signal::CONT);
         drop(reports);
     }
 

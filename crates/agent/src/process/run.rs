@@ -8,11 +8,11 @@ use bytes::Bytes;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::output::{MAX_BUFFER_BYTES, OutputKind};
 use super::report::Report;
-use super::{DRAIN_TIME, Exit, Phase, Process, Processes, STALL_PATIENCE, lock};
+use super::{DRAIN_TIME, Exit, Phase, Process, Processes, REPORT_TIME, STALL_PATIENCE, lock};
 use crate::console::Source;
 
 /// Read from a pipe at once; the pipe holds no more.
@@ -69,23 +69,25 @@ async fn wait(process: &Arc<Process>, deadline: Option<Instant>) -> Option<i32> 
     let reports = lock(&process.reports).clone()?;
     let ended = reports.next();
     tokio::pin!(ended);
-    if let Some(deadline) = deadline {
-        tokio::select! {
-            report = &mut ended => return ended_status(report),
-            () = sleep_until(deadline) => {
-                lock(&process.state).timed_out = true;
-                process.kill().await;
-            }
-        }
-    }
-    ended_status(ended.await)
-}
-
-fn ended_status(report: Option<Report>) -> Option<i32> {
+    let in_time = match deadline {
+        Some(deadline) => timeout_at(deadline, &mut ended).await.ok(),
+        None => Some((&mut ended).await),
+    };
+    let report = if let Some(report) = in_time {
+        report
+    } else {
+        lock(&process.state).timed_out = true;
+        process.kill().await;
+        timeout(REPORT_TIME, ended).await.ok().flatten()
+    };
     match report {
         Some(Report::Ended { status }) => Some(status),
-        // The supervisor is gone: somebody inside killed it.
-        None | Some(Report::Started { .. } | Report::Refused { .. }) => None,
+        // The supervisor was killed or is kept from speaking by somebody
+        // inside; the command must not go on with nobody to end it.
+        None | Some(Report::Started { .. } | Report::Refused { .. }) => {
+            process.kill().await;
+            None
+        }
     }
 }
 

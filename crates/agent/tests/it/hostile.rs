@@ -2,14 +2,18 @@
 
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures_util::future::join_all;
 use stacyvm_envd::BootConfig;
-use stacyvm_sandbox::{EnvdSession, Session as _, SessionError, StartRequest};
+use stacyvm_sandbox::{EnvdSession, Exit, ProcessSelector, Session as _, SessionError, StartRequest};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use crate::envd::Client;
-use crate::harness::{Agent, PATIENCE, SocketChannel, shell};
+use crate::harness::{Agent, Output, PATIENCE, SocketChannel, collect, eventually, is_alive, next, shell};
+
+const KILL: i32 = 9;
 
 #[tokio::test]
 async fn without_the_token_nothing_but_health_answers() {
@@ -97,6 +101,40 @@ async fn commands_run_as_the_user_and_files_belong_to_it() {
     let owner = std::fs::metadata(agent.path("d")).expect("made").uid();
     assert_eq!(owner, 65534);
     assert_eq!(agent.shell("touch d/e/f && echo mine").await.text(), "mine\n");
+}
+
+#[tokio::test]
+async fn a_command_that_stops_its_supervisor_is_killed_as_any_other() {
+    let agent = Agent::start();
+    let script = "kill -STOP $PPID; echo $PPID; exec sleep 1000";
+    let request = StartRequest { deadline: Some(Duration::from_millis(700)), ..shell(script) };
+    let overdue = agent.run(request).await.expect("it starts");
+    assert_eq!(overdue.exit, Some(Exit { code: None, signal: Some(KILL), timed_out: true }));
+
+    // Many at once: some stop it before it has told of the start.
+    let killed = join_all((0..20).map(async |_| {
+        let mut events = agent.session.start(shell(script)).await.expect("it starts");
+        let mut output = Output::default();
+        while output.stdout.is_empty() {
+            output.add(next(&mut events).await.expect("an event"));
+        }
+        agent.session.signal(&ProcessSelector::Pid(output.pid), KILL).await.expect("it runs");
+        let exit = collect(events).await.expect("it ends").exit;
+        assert_eq!(exit, Some(Exit { code: None, signal: Some(KILL), timed_out: false }));
+        output
+    }));
+    for output in killed.await.into_iter().chain([overdue]) {
+        let supervisor = output.text().trim().parse().expect("a number");
+        eventually("the supervisor is gone too", async || !is_alive(supervisor)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_kills_its_supervisor_ends_with_it() {
+    let agent = Agent::start();
+    let output = agent.shell("kill -9 $PPID; exec sleep 1000").await;
+    assert_eq!(output.exit, Some(Exit { code: None, signal: Some(KILL), timed_out: false }));
+    eventually("the command is dead", async || !is_alive(output.pid)).await;
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ use crate::commands::serve::{
 use crate::config::{self, Config, Environment, MAX_KEY_FILE_BYTES, read_small_file};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
-use crate::output::{json_line, print};
+use crate::output::announce;
 
 /// The key's variable: a key on the command line would be seen by everybody.
 pub(crate) const KEY_VARIABLE: &str = "STACYVM_BACKEND_KEY";
@@ -105,10 +105,11 @@ async fn serve(
     };
     let url = format!("http://{}", backend.address());
     if context.output.is_json() {
-        json_line(&json!({ "listening": url, "provider": provider.name(), "auth": wants_key }))?;
+        let line = json!({ "listening": url, "provider": provider.name(), "auth": wants_key });
+        announce(&format!("{line}\n"));
     } else {
         let callers = if wants_key { "callers need the key" } else { "no key needed, only this machine may call" };
-        print(&format!("StacyVM backend listens on {url}, provider {}, {callers}\n", provider.name()))?;
+        announce(&format!("StacyVM backend listens on {url}, provider {}, {callers}\n", provider.name()));
     }
     backend.serve(signals.first()).await?;
     Ok(())

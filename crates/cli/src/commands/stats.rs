@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use futures_util::StreamExt as _;
-use futures_util::stream;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde::Serialize;
 use stacyvm_api::{ListQuery, SandboxId, SandboxState, SandboxStats};
 use stacyvm_client::Client;
@@ -56,21 +55,18 @@ pub(crate) async fn run(context: &Context, args: StatsArgs) -> anyhow::Result<()
 }
 
 async fn read(client: &Client, ids: &[SandboxId]) -> anyhow::Result<Vec<Reading>> {
-    if let [id] = ids {
-        return Ok(vec![Reading { id: id.clone(), stats: client.sandbox(id.clone()).stats().await? }]);
-    }
-    let ids = if ids.is_empty() {
-        let query = ListQuery { state: Some(SandboxState::Running), ..ListQuery::default() };
-        client.list_all(&query).await?.into_iter().map(|sandbox| sandbox.id).collect()
-    } else {
-        ids.to_vec()
-    };
     let one = |id: SandboxId| async move {
-        // One that ended since the listing has nothing to show.
-        let stats = client.sandbox(id.clone()).stats().await.ok()?;
-        Some(Reading { id, stats })
+        let stats = client.sandbox(id.clone()).stats().await?;
+        Ok(Reading { id, stats })
     };
-    Ok(stream::iter(ids.into_iter().map(one)).buffered(AT_ONCE).filter_map(std::future::ready).collect().await)
+    if !ids.is_empty() {
+        return stream::iter(ids.to_vec()).map(one).buffered(AT_ONCE).try_collect().await;
+    }
+    let query = ListQuery { state: Some(SandboxState::Running), ..ListQuery::default() };
+    let running = client.list_all(&query).await?.into_iter().map(|sandbox| sandbox.id);
+    let readings = stream::iter(running.map(one)).buffered(AT_ONCE);
+    // One that ended since the listing has nothing to show.
+    Ok(readings.filter_map(|reading: anyhow::Result<_>| std::future::ready(reading.ok())).collect().await)
 }
 
 fn table(output: Output, readings: &[Reading]) -> String {

@@ -1,14 +1,16 @@
 //! Starting and ending the server, and what it refuses to start with.
 
+use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
+use std::process::Stdio;
 
-use rustix::process::Signal;
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 use stacyvm_api::{CreateRequest, ErrorCode, SandboxState};
 use stacyvm_client::{Client, ClientOptions};
 
-use crate::support::{Ran, Server, Site, create, eventually, in_repository, output, run, small};
+use crate::support::{Ran, Server, Site, create, eventually, in_repository, output, pid_of, run, small};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ending_the_server_leaves_sandboxes_running() {
@@ -112,6 +114,25 @@ async fn the_first_line_says_where_and_for_whom_it_listens() {
     let said: Value = serde_json::from_str(&ended.stdout).expect("one JSON object");
     assert_eq!((&said["auth"], &said["provider"]), (&Value::from(true), &Value::from("oci")));
     assert!(!(ended.stdout + &ended.stderr).contains("key-of-the-test"), "a key is in the log");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_outlives_whoever_read_its_log() {
+    let site = Site::new();
+    let mut serve = site.program();
+    serve.args(["serve", "--port", "0", "--destroy-on-exit"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut server = serve.spawn().expect("the program starts");
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().expect("piped")).read_line(&mut line).expect("readable");
+    drop(server.stderr.take());
+
+    let url = line.split([' ', ',']).find(|word| word.starts_with("http://")).expect("an address").to_owned();
+    let client = Client::new(&ClientOptions::new(url)).expect("an address");
+    let request = CreateRequest { image: Some("host".to_owned()), ..CreateRequest::default() };
+    assert_eq!(output(&create(&client, &request).await, "echo fine").await, "fine");
+    kill_process(pid_of(&server), Signal::TERM).expect("it can be told");
+    assert!(server.wait().expect("it ends").success());
+    assert_eq!(site.remains(), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,7 +18,7 @@ use crate::digest::Hasher;
 use crate::store::{Inner, Layout, MAX_DOCUMENT_BYTES, Session};
 use crate::unpack::{
     CancelFlag, Compression, EntryKind, LayerForm, PlainStream, TarReader, UnpackLimits, UnpackOptions, decompress,
-    tar_error,
+    stream_error, tar_error,
 };
 use crate::{Digest, ImageError};
 
@@ -81,7 +81,8 @@ pub(super) fn open<'a>(inner: &'a Inner, path: &Path, cancelled: &CancelFlag) ->
         Scanned::Images => spool(inner, path, &options).map(Contents::Images),
         Scanned::RootFs { compression, diff_id } => {
             let mut file = open_file(path)?;
-            let blob = Spooled::copy(&inner.session, &mut file, inner.options.max_bytes)?;
+            let blob = Spooled::copy(&inner.session, &mut file, inner.options.max_bytes)
+                .map_err(|error| archive_error(path, error))?;
             Ok(Contents::RootFs(RootFs { blob, compression, diff_id }))
         }
     }
@@ -96,7 +97,8 @@ impl Source<'_> {
         match &self.place {
             Place::Directory(root) => {
                 let Some(mut file) = open_beneath(root, name)? else { return Ok(None) };
-                let spooled = Spooled::copy(&self.inner.session, &mut file, self.inner.options.max_bytes)?;
+                let spooled = Spooled::copy(&self.inner.session, &mut file, self.inner.options.max_bytes)
+                    .map_err(|error| archive_error(Path::new(name), error))?;
                 self.files.insert(name.to_owned(), spooled.clone());
                 Ok(Some(spooled))
             }
@@ -135,7 +137,7 @@ impl Spooled {
         let mut hasher = Hasher::default();
         let mut buffer = vec![0; HASH_BUFFER_BYTES];
         loop {
-            let count = input.read(&mut buffer).map_err(failed)?;
+            let count = input.read(&mut buffer).map_err(|error| stream_error("", &error))?;
             if count == 0 {
                 break;
             }

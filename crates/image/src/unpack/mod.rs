@@ -270,7 +270,7 @@ pub(crate) fn tar_error(error: TarError) -> ImageError {
 }
 
 /// A read failure: our own limits travel inside it, all else is a broken blob.
-fn stream_error(entry: &str, error: &io::Error) -> ImageError {
+pub(crate) fn stream_error(entry: &str, error: &io::Error) -> ImageError {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<StreamStop>()) {
         Some(StreamStop::TooLong(limit)) => ImageError::TooLarge { what: "the unpacked layer".into(), limit: *limit },
         Some(StreamStop::Cancelled) => ImageError::Cancelled { reference: String::new() },

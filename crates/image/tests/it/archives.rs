@@ -139,6 +139,9 @@ async fn archives_that_lie_are_refused_and_leave_nothing() {
     let mut wrong_diff_id = small_image("a");
     wrong_diff_id.layers = vec![Blob { diff_id: Digest::of(b"else"), ..wrong_diff_id.layers.remove(0) }];
     let wrong_diff_id = TestImage::new(wrong_diff_id.layers);
+    let whole = image.oci_layout(Some("x:1")).tar();
+    // Two blocks of zeros end it, after at least one of the last file.
+    let cut_in_last_file = whole[..whole.len() - 1535].to_vec();
     let cases: Vec<(&str, Vec<u8>)> = vec![
         // A later file of the same name replaces the honest one.
         ("configuration", image.oci_layout(Some("x:1")).file(&config_name, b"{}").tar()),
@@ -149,6 +152,7 @@ async fn archives_that_lie_are_refused_and_leave_nothing() {
         ("bad name", image.oci_layout(Some("UPPER:1")).tar()),
         ("no name", image.oci_layout(None).tar()),
         ("cut", image.oci_layout(Some("x:1")).tar()[..3000].to_vec()),
+        ("cut in its last file", cut_in_last_file),
         ("not a tar", b"hello world".repeat(100)),
         ("empty", Vec::new()),
         ("xz", b"\xfd7zXZ\0 and so on".to_vec()),

@@ -5,6 +5,7 @@ pub(crate) mod cgroup;
 pub(crate) mod channel;
 pub(crate) mod claims;
 pub(crate) mod ids;
+pub(crate) mod obstacle;
 pub(crate) mod on_disk;
 pub(crate) mod process;
 pub(crate) mod registry;

@@ -21,11 +21,17 @@ pub(crate) struct Identity {
 
 /// Describes a process so that it can be told from a later one with its pid.
 pub(crate) fn identify(pid: Pid) -> io::Result<Identity> {
-    let directory = format!("/proc/{}", pid.as_raw_pid());
-    let stat = std::fs::read_to_string(format!("{directory}/stat"))?;
-    let start_time = start_time(&stat).ok_or(io::ErrorKind::InvalidData)?;
-    let pid_namespace = std::fs::metadata(format!("{directory}/ns/pid"))?.ino();
-    Ok(Identity { pid: pid.as_raw_pid(), start_time, pid_namespace })
+    Ok(Identity { pid: pid.as_raw_pid(), start_time: started(pid)?, pid_namespace: namespace(pid)? })
+}
+
+fn started(pid: Pid) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()))?;
+    Ok(start_time(&stat).ok_or(io::ErrorKind::InvalidData)?)
+}
+
+/// Shown to whoever may trace the process, and to nobody else.
+fn namespace(pid: Pid) -> io::Result<u64> {
+    Ok(std::fs::metadata(format!("/proc/{}/ns/pid", pid.as_raw_pid()))?.ino())
 }
 
 /// Takes hold of a process if it is still the one that was noted.
@@ -39,8 +45,10 @@ pub(crate) fn open(identity: &Identity) -> io::Result<Option<OwnedFd>> {
         Err(rustix::io::Errno::SRCH) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    match identify(pid) {
-        Ok(now) if now == *identity && !has_ended(&pidfd)? => Ok(Some(pidfd)),
+    // In this order: whoever has the number now may be another user's.
+    let is_same = || Ok(started(pid)? == identity.start_time && namespace(pid)? == identity.pid_namespace);
+    match is_same() {
+        Ok(true) if !has_ended(&pidfd)? => Ok(Some(pidfd)),
         Ok(_) => Ok(None),
         Err(error) if gone(&error) => Ok(None),
         Err(error) => Err(error),
@@ -110,6 +118,20 @@ mod tests {
         assert!(open(&imposter).unwrap().is_none());
         let elsewhere = Identity { pid_namespace: own.pid_namespace + 1, ..own };
         assert!(open(&elsewhere).unwrap().is_none());
+    }
+
+    #[test]
+    fn that_another_user_has_the_number_now_is_no_error() {
+        let before = Identity { pid: 1, start_time: u64::MAX, pid_namespace: 1 };
+        let as_nobody = move || {
+            if rustix::process::geteuid().is_root() {
+                let nobody = rustix::process::Uid::from_raw(65534);
+                rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            }
+            assert_eq!(namespace(Pid::INIT).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+            open(&before)
+        };
+        assert!(std::thread::spawn(as_nobody).join().unwrap().unwrap().is_none());
     }
 
     #[test]

@@ -7,9 +7,9 @@ use stacyvm_api::SandboxId;
 use stacyvm_sandbox::ProviderError;
 
 use super::NAME;
-use super::rootless::Obstacle;
 use super::spawner::CallError;
 use super::spawner::protocol::{Failure, FailureKind};
+use crate::host::obstacle::Obstacle;
 
 /// What to do where the host shows only parts of its `/proc` or `/sys`.
 pub(super) const KERNEL_FILES_FIX: &str = "run the server as root, or outside of a container; Docker shows all with \

@@ -8,10 +8,11 @@ use super::error::{KERNEL_FILES_FIX, OWNERS_FIXED, OWNERS_FIXED_FIX, OciError};
 use super::launch::mounts;
 use super::network;
 use super::pairs::Pair;
-use super::rootless::{self, Authority, Obstacle};
+use super::rootless::{self, Authority};
 use super::runtime::Runtime;
 use super::spawner::CallError;
 use super::spawner::protocol::{Done, FailureKind, Job};
+use crate::host::obstacle::Obstacle;
 use crate::host::{cgroup, ids, is_ordinary_user};
 
 /// First kernel whose overlayfs takes layers with shifted owners.

@@ -74,7 +74,7 @@ fn root(runtime: &Runtime, report: &mut HealthReport) {
     } else {
         report.warn(
             "proot.languages",
-            format!("image `rootfs` has {}, and not {}", list(&there), list(&missing)),
+            format!("image `rootfs` lacks {}", list(&missing)),
             "install them there (`stacyvm rootfs build --include`), or take them out of providers.proot.languages",
         );
     }

@@ -25,6 +25,7 @@ use super::{members, watcher};
 use crate::host::cgroup::Cgroups;
 use crate::host::claims::{Claims, Instance};
 use crate::host::ids::UidRanges;
+use crate::host::obstacle::Obstacle;
 use crate::host::{on_disk, process, trash};
 
 /// How long to wait for an earlier process of this server to let go.
@@ -61,7 +62,7 @@ impl Runtime {
         let lock = lock(layout.root()).await?;
         let shared = if options.namespaces {
             match options.launcher.run(&Job::Probe, None).await {
-                Ok(Reply::Failed { step, message }) => Some(format!("{step}: {message}")),
+                Ok(Reply::Failed { step, message }) => Some(refusal(Obstacle::known(), &step, &message)),
                 Ok(Reply::Probed | Reply::Launched(_)) => None,
                 Err(error) => return Err(error.of("look for namespaces")),
             }
@@ -275,11 +276,34 @@ async fn lock(root: &Path) -> Result<File, ProviderError> {
     }
 }
 
+/// Why there are no namespaces: the setting that forbids them, where one is
+/// known, since the kernel's own word for that is "no space" or "not permitted".
+fn refusal(obstacle: Option<Obstacle>, step: &str, message: &str) -> String {
+    match obstacle {
+        Some(obstacle) => format!("{} ({step}: {message})", obstacle.message),
+        None => format!("{step}: {message}"),
+    }
+}
+
 fn unavailable(message: &str, error: io::Error) -> ProviderError {
     ProviderError::Unavailable {
         provider: NAME.to_owned(),
         message: message.to_owned(),
         hint: None,
         cause: Some(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_that_forbids_namespaces_is_named_before_the_kernels_word() {
+        let setting = Obstacle { message: "user.max_user_namespaces is 0".into(), fix: String::new() };
+        let kernels = "No space left on device";
+        let said = refusal(Some(setting), "make namespaces", kernels);
+        assert_eq!(said, "user.max_user_namespaces is 0 (make namespaces: No space left on device)");
+        assert_eq!(refusal(None, "make namespaces", kernels), "make namespaces: No space left on device");
     }
 }

@@ -21,7 +21,10 @@ pub(crate) fn start(settings: &Logging) -> anyhow::Result<()> {
         LogFormat::Pretty => true,
     };
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // By itself the library says on standard error what it cannot write there,
+    // and panics when that fails too: a server outlives whoever read its log.
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
     // It fails only when a log was started before, and then there is one.
     let _ = if pretty {
         builder.with_ansi(colours).with_target(false).try_init()

@@ -31,7 +31,7 @@ use crate::commands::settings::SettingArgs;
 use crate::config::{Config, Environment};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
-use crate::output::{Output, json_line, print};
+use crate::output::{self, Output};
 pub(crate) use options::{database, image_store};
 pub(crate) use port::owner as port_owner;
 use providers::Examined;
@@ -140,7 +140,7 @@ async fn answer(
         chosen.permit(engine).await;
     }
     let examined = chosen.examine().await;
-    announce(output, &server, chosen, &examined)?;
+    announce(output, &server, chosen, &examined);
     let (demands_key, demanded) = (server.demands_key(), server.key_demanded());
     let first_key = async {
         if !demands_key {
@@ -170,22 +170,22 @@ async fn bind(config: &Config, data_dir: &Path, environment: &Environment, engin
 
 /// The first line: where it listens, what makes the sandboxes and why, and who
 /// may call.
-fn announce(output: Output, server: &Server, chosen: &Chosen, examined: &Examined) -> anyhow::Result<()> {
+fn announce(output: Output, server: &Server, chosen: &Chosen, examined: &Examined) {
     let scheme = if server.is_secure() { "https" } else { "http" };
     let urls: Vec<_> = server.addresses().iter().map(|address| format!("{scheme}://{address}")).collect();
     let auth = server.demands_key();
     if output.is_json() {
         let line = json!({ "listening": urls, "provider": chosen.default, "reason": chosen.why, "auth": auth });
-        return json_line(&line);
+        return output::announce(&format!("{line}\n"));
     }
     let callers = if auth { "callers need a key" } else { "no key needed, only this machine may call" };
-    print(&format!(
+    output::announce(&format!(
         "StacyVM {} listens on {}, provider {} ({}), {callers}\n",
         env!("CARGO_PKG_VERSION"),
         urls.join(" and "),
         chosen.default,
         chosen.why
-    ))?;
+    ));
     for trouble in &examined.troubles {
         output.note(&format!("warning: {trouble}"));
     }
@@ -196,7 +196,6 @@ fn announce(output: Output, server: &Server, chosen: &Chosen, examined: &Examine
             chosen.default
         ));
     }
-    Ok(())
 }
 
 /// Destroys what runs, or says that it goes on.

@@ -55,6 +55,10 @@ async fn a_sandbox_is_made_shown_extended_and_destroyed() {
     let readings: Vec<Value> = server.run(&["stats", "--json", &id, &third]).await.json();
     assert_eq!((readings.len(), &readings[0]["id"]), (2, &Value::from(&*id)));
     assert!(readings[0]["mem_bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{readings:?}");
+    let missing = "sb-00000000000000000000";
+    let refused = server.run(&["stats", &id, missing]).await;
+    assert_eq!(refused.status(), Some(1), "{refused}");
+    refused.says(&format!("sandbox {missing} does not exist"));
 
     let killed = server.run(&["kill", &id, &third]).await.ok();
     assert_eq!(killed.stdout(), format!("{id}\n{third}\n"));

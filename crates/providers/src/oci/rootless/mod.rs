@@ -21,10 +21,9 @@
 //! - Files that further uids left cannot be removed from outside. The spawner
 //!   does that.
 //!
-//! `outer` is the namespace, `subordinate` the further uids, `obstacle` says
-//! what on this host forbids all of it.
+//! `outer` is the namespace, `subordinate` the further uids; what on this host
+//! forbids all of it, [`crate::host::obstacle`] says.
 
-mod obstacle;
 mod outer;
 mod subordinate;
 
@@ -34,7 +33,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::ids;
 
-pub(super) use obstacle::Obstacle;
 pub(super) use outer::enter;
 
 /// First kernel whose overlayfs an ordinary user can mount (5.11) and whose

@@ -7,9 +7,9 @@ use std::path::Path;
 
 /// A setting that stands in the way, and how to move it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::oci) struct Obstacle {
-    pub(in crate::oci) message: String,
-    pub(in crate::oci) fix: String,
+pub(crate) struct Obstacle {
+    pub(crate) message: String,
+    pub(crate) fix: String,
 }
 
 /// Namespaces a sandbox has, as the limits on their number are called.
@@ -18,12 +18,16 @@ const KINDS: [&str; 7] = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"];
 impl Obstacle {
     /// Looks at this host. Call it after a refusal: a setting may be there and
     /// not matter.
-    pub(in crate::oci) fn find() -> Self {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-        Self::among(Path::new("/proc/sys"), &status).unwrap_or_else(|| Self {
+    pub(crate) fn find() -> Self {
+        Self::known().unwrap_or_else(|| Self {
             message: "the kernel refuses namespaces to this user, and no setting known here says why".into(),
             fix: "see the kernel's log for the security module that refused; or run the server as root".into(),
         })
+    }
+
+    pub(crate) fn known() -> Option<Self> {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        Self::among(Path::new("/proc/sys"), &status)
     }
 
     fn among(settings: &Path, status: &str) -> Option<Self> {
