@@ -28,7 +28,7 @@ fn marked_configuration() -> (String, usize) {
 
 /// Keys that have to be as they should be: a server would not start, or the
 /// marked database would be another one.
-const LEFT_ALONE: [&str; 14] = [
+const LEFT_ALONE: [&str; 15] = [
     "data_dir",
     "path",
     "host",
@@ -43,6 +43,7 @@ const LEFT_ALONE: [&str; 14] = [
     "docker_config",
     "tls_cert_file",
     "tls_key_file",
+    "trusted_proxies",
 ];
 
 fn plant(schema: &Value, depth: usize, lines: &mut Vec<String>, planted: &mut usize) {

@@ -121,7 +121,9 @@ async fn what_is_missing_or_unsafe_is_said_with_a_way_out() {
     let host = refused(&[("STACYVM_PROVIDERS_DOCKER_NETWORK_MODE", "host")]).await;
     assert_eq!(host.status(), Some(1), "{host}");
     host.says("share this machine's network").says("auth.api_key");
-    refused(&[("STACYVM_PROVIDERS_DOCKER_DROPPED_CAPS", "NET_ROW")]).await.failed(1).says("`NET_ROW`");
+    let unknown = refused(&[("STACYVM_PROVIDERS_DOCKER_DROPPED_CAPS", "NET_ROW")]).await;
+    assert_eq!(unknown.status(), Some(1), "{unknown}");
+    unknown.says("providers.docker.dropped_caps: `NET_ROW`").says("NET_RAW");
     refused(&[("DOCKER_HOST", "ssh://me@box")]).await.failed(1).says("forward the socket");
     refused(&[("DOCKER_CONTEXT", "gone")]).await.failed(1).says("no docker context `gone`");
 
