@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::commands::preview::refuse_agent_port;
 use crate::commands::{Context, stop_when_told};
 use crate::failure::Advice;
 use crate::output::{Output, json_line, print};
@@ -50,6 +51,7 @@ pub(crate) struct ForwardArgs {
 }
 
 pub(crate) async fn run(context: &Context, args: ForwardArgs) -> anyhow::Result<()> {
+    refuse_agent_port(args.port)?;
     let sandbox = context.client()?.sandbox(args.id.clone());
     // A mistake in the id is better heard of now than at the first connection.
     sandbox.port(args.port).await?;

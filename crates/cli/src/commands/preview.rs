@@ -60,12 +60,21 @@ struct Address {
 /// Where the agent of every sandbox would listen for E2B's clients.
 const AGENT_PORT: u16 = 49983;
 
+/// Refuses the port that nobody but StacyVM talks to.
+pub(super) fn refuse_agent_port(port: u16) -> Result<(), Advice> {
+    if port != AGENT_PORT {
+        return Ok(());
+    }
+    Err(Advice::new(format!("port {AGENT_PORT} is the agent's, and is shown to nobody"), "take another port"))
+}
+
 pub(crate) async fn run(context: &Context, args: PreviewArgs) -> anyhow::Result<()> {
+    refuse_agent_port(args.port)?;
     let sandbox = context.client()?.sandbox(args.id);
     let port = sandbox.port(args.port).await?;
     let wanted = args.access.map(PortAccess::from);
     let access = wanted.unwrap_or(port.access);
-    let url = port.url.ok_or_else(|| no_address(args.port))?;
+    let url = port.url.ok_or_else(no_address)?;
     let address = match (access, args.ttl) {
         (PortAccess::Public, Some(_)) => {
             return Err(Advice::new("this port is public; its address has no end", "leave out --ttl").into());
@@ -90,15 +99,9 @@ pub(crate) async fn run(context: &Context, args: PreviewArgs) -> anyhow::Result<
     Ok(())
 }
 
-/// Why a port has no address.
-fn no_address(port: u16) -> Advice {
-    match port {
-        AGENT_PORT => {
-            Advice::new(format!("port {AGENT_PORT} is the agent's, which has no preview"), "take another port")
-        }
-        _ => Advice::new(
-            "this server has no previews",
-            "its operator can set server.preview_domain, for example to localhost, or server.preview_port",
-        ),
-    }
+fn no_address() -> Advice {
+    Advice::new(
+        "this server has no previews",
+        "its operator can set server.preview_domain, for example to localhost, or server.preview_port",
+    )
 }

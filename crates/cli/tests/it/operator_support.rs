@@ -198,4 +198,6 @@ async fn a_running_server_is_asked_for_its_health() {
     assert_eq!((&found["server"]["is_ready"], &found["server"]["is_same_version"]), (&true.into(), &true.into()));
     site.run(&["support", "bundle", "running.json"]).await.failed(1).says("exists already");
     server.stop(Signal::TERM).await;
+    let stopped = site.run(&["support", "bundle", "stopped.json"]).await.ok();
+    stopped.says("the bundle says nothing of the server: none answers");
 }

@@ -41,6 +41,13 @@ pub(super) struct Bundle {
 const REDACTIONS: &str = "by allow-list: numbers, switches, durations and words of the program itself; no text that \
                           anybody wrote";
 
+impl Bundle {
+    /// What could not be gathered.
+    pub(super) fn missing(&self) -> &[Missing] {
+        &self.collection_errors
+    }
+}
+
 pub(super) async fn gather(context: &Context, place: &PlaceArgs, now: Timestamp) -> Bundle {
     let environment = Environment::of_this_process();
     let loaded = place.load(&environment);

@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use stacyvm_api::Timestamp;
 
+use self::facts::Missing;
 use crate::commands::Context;
 use crate::commands::db::stamp;
 use crate::commands::settings::PlaceArgs;
@@ -54,6 +55,9 @@ pub(crate) async fn run(context: &Context, args: &SupportArgs) -> anyhow::Result
     let bundle = bundle::gather(context, &args.place, now).await;
     file.write(format!("{:#}\n", serde_json::to_value(&bundle)?).as_bytes())?;
     let path = file.finish()?;
+    for Missing { what, why } in bundle.missing() {
+        context.output.note(&format!("the bundle says nothing of the {what}: {why}"));
+    }
     context.output.show(&json!({ "path": path }), |_| {
         format!("wrote {}; it holds no secrets, but read it before you send it\n", path.display())
     })

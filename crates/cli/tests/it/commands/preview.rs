@@ -44,6 +44,9 @@ async fn a_failure_has_changed_nothing() {
     let (id, port) = (sandbox.id().to_string(), PORT.to_string());
     let access = async || sandbox.port(PORT).await.expect("the port").access;
     assert_eq!(access().await, PortAccess::Public);
+    for command in ["preview", "forward"] {
+        server.run(&[command, &id, "49983"]).await.failed(1).says("port 49983 is the agent's");
+    }
     let refused = server.run(&["preview", &id, &port, "--access", "token"]).await.failed(1);
     refused.says("this server has no previews").says("server.preview_port");
     assert_eq!(access().await, PortAccess::Public);
