@@ -1,18 +1,21 @@
 //! A command's life after its start: reading its output, watching for its end.
 
+use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::io::Errno;
+use rustix::process::Signal;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::output::{MAX_BUFFER_BYTES, OutputKind};
 use super::report::Report;
-use super::{DRAIN_TIME, Exit, Phase, Process, Processes, REPORT_TIME, STALL_PATIENCE, lock};
+use super::{DRAIN_TIME, Exit, Phase, Process, Processes, REPORT_TIME, STALL_PATIENCE, foreground, lock};
 use crate::console::Source;
 
 /// Read from a pipe at once; the pipe holds no more.
@@ -26,20 +29,33 @@ const KEEP_WHOLE_BYTES: usize = 48 << 10;
 /// the buffer is room for what is in the pipe when the command ends.
 const HELD_UP_AT: u64 = (MAX_BUFFER_BYTES - 4 * READ_BYTES) as u64;
 
+/// Between two looks at a command that writes nowhere.
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+
 pub(super) type Pipes = Vec<(OutputKind, Arc<AsyncFd<OwnedFd>>)>;
 
 pub(super) async fn run(process: Arc<Process>, processes: Arc<Processes>, pipes: Pipes, deadline: Option<Duration>) {
     let deadline = deadline.and_then(|span| Instant::now().checked_add(span));
+    let (open, all_closed) = mpsc::channel(1);
     let pumps: Vec<Pump> = pipes
         .into_iter()
         .map(|(kind, pipe)| {
             let drained = Arc::new(tokio::sync::Notify::new());
             let pump = pump(Arc::clone(&process), Arc::clone(&processes), kind, pipe, Arc::clone(&drained));
-            Pump { drained, task: tokio::spawn(pump) }
+            let open = open.clone();
+            let task = tokio::spawn(async move {
+                pump.await;
+                drop(open);
+            });
+            Pump { drained, task }
         })
         .collect();
+    drop(open);
 
-    let status = wait(&process, deadline).await;
+    let status = tokio::select! {
+        status = wait(&process, deadline) => status,
+        never = wake_supervisor(process.supervisor, all_closed) => match never {},
+    };
 
     lock(&process.state).phase = Phase::Draining;
     process.phase_changed.notify_waiters();
@@ -62,6 +78,18 @@ struct Pump {
     /// Told once everything that was in the pipe at the command's end is out.
     drained: Arc<tokio::sync::Notify>,
     task: JoinHandle<()>,
+}
+
+/// Makes a supervisor go on that somebody inside has stopped. Once nobody can
+/// write any more, a command that has not ended is a rare one.
+async fn wake_supervisor(supervisor: i32, mut open: mpsc::Receiver<Infallible>) -> Infallible {
+    open.recv().await;
+    let mut pause = REPORT_TIME;
+    loop {
+        sleep(pause).await;
+        foreground::tell(supervisor, Signal::CONT);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
 }
 
 /// Waits for the main process; kills the tree at the deadline.

@@ -130,6 +130,13 @@ async fn a_command_that_stops_its_supervisor_is_killed_as_any_other() {
 }
 
 #[tokio::test]
+async fn a_stopped_supervisor_keeps_no_end_from_the_caller() {
+    let agent = Agent::start();
+    let output = agent.shell("kill -STOP $PPID; echo done; exit 3").await;
+    assert_eq!((output.text().as_str(), output.exit.and_then(|exit| exit.code)), ("done\n", Some(3)));
+}
+
+#[tokio::test]
 async fn a_command_that_kills_its_supervisor_ends_with_it() {
     let agent = Agent::start();
     let output = agent.shell("kill -9 $PPID; exec sleep 1000").await;
