@@ -156,6 +156,13 @@ clean_up() {
         wait "$daemon" 2>/dev/null
     fi
     [ -z "$containerd" ] || kill -KILL "$containerd" 2>/dev/null
+    # A create that a crash cut off leaves a shim that nobody knows of.
+    local process
+    for process in /proc/[0-9]*; do
+        if tr '\0' ' ' 2>/dev/null <"$process/cmdline" | grep -q -- "-address $dir/exec/"; then
+            kill -KILL "${process#/proc/}"
+        fi
+    done
     ip link delete "$bridge" 2>/dev/null
     grep -o " $dir/[^ ]*" /proc/self/mounts | sort -r | xargs --no-run-if-empty umount -l 2>/dev/null
     rm -rf "$dir"
