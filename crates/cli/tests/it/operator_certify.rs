@@ -6,7 +6,6 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
@@ -14,7 +13,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 
 use crate::backend::{self, BackendProcess};
 use crate::docker::dockerd::Dockerd;
-use crate::support::{Ran, Server, Site, in_repository, run};
+use crate::support::{Ran, Server, Site, eventually, in_repository, run};
 
 const KEY: &str = "key-of-the-test";
 
@@ -110,8 +109,9 @@ async fn what_an_interrupted_run_has_made_is_gone() {
             break;
         }
     }
-    let made = fs::read_dir(&scratch).expect("readable").count();
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    let made: Vec<_> = fs::read_dir(&scratch).expect("readable").map(|entry| entry.expect("an entry").path()).collect();
+    let sandboxes = made[0].join("data/oci/sandboxes");
+    eventually("the suite has a sandbox", async || fs::read_dir(&sandboxes).ok()?.next()).await.expect("an entry");
     let group = Pid::from_raw(i32::try_from(process.id().expect("it runs")).expect("an id")).expect("an id");
     kill_process_group(group, Signal::INT).expect("told");
     let mut rest = String::new();
@@ -119,7 +119,7 @@ async fn what_an_interrupted_run_has_made_is_gone() {
     let status = process.wait().await.expect("it ends");
     assert_eq!(status.code(), Some(1), "{rest}");
     assert!(rest.contains("[FAIL] B7: ") && rest.contains("[PASS] B8: ") && rest.contains("interrupted"), "{rest}");
-    assert_eq!((made, fs::read_dir(&scratch).expect("readable").count()), (1, 0), "{rest}");
+    assert_eq!((made.len(), fs::read_dir(&scratch).expect("readable").count()), (1, 0), "{rest}");
     assert!(!site.home().join("evidence").exists(), "a part is no report");
 }
 
