@@ -16,6 +16,10 @@ const PREBUILT: &str = "STACYVM_AGENT_BINARY";
 const KEPT: [&str; 6] =
     ["CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_HTTP_CAINFO", "CARGO_HTTP_PROXY", "RUSTUP_HOME", "RUSTUP_TOOLCHAIN"];
 
+/// Static, and at a fixed address: a program that has to relocate itself first
+/// touches all its tables before it does anything, in every sandbox.
+const RUSTFLAGS: &str = "-C target-feature=+crt-static -C relocation-model=static";
+
 fn main() {
     let out_dir = PathBuf::from(required("OUT_DIR"));
     let destination = out_dir.join("stacyvm-agent");
@@ -54,7 +58,7 @@ fn build(workspace: &Path, target_dir: &Path, target: &str, profile: &str) {
     }
     let status = command
         .current_dir(workspace)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env("RUSTFLAGS", RUSTFLAGS)
         .args(["build", "--package", "stacyvm-agent", "--bin", "stacyvm-agent", "--features", "quiet", "--locked"])
         .args(["--profile", profile, "--target", target])
         .arg("--target-dir")

@@ -19,11 +19,18 @@ const GROUP: &str = "/etc/group";
 /// `PATH_MAX`.
 const MAX_PATH_BYTES: usize = 4096;
 
+/// Most are no longer than this, and are read by one call.
+const USUAL_DATABASE_BYTES: usize = 4096;
+
 /// No more than this of either file is read.
 const MAX_DATABASE_BYTES: u64 = 1 << 20;
 
-/// More than the grain of any file system's clock (FAT: two seconds).
-const SETTLING_TIME: Duration = Duration::from_secs(3);
+/// More than the grain of a clock that counts parts of a second: the kernel's
+/// tick, 10 ms at most.
+const SETTLING_TIME: Duration = Duration::from_millis(100);
+
+/// The same of clocks that count whole seconds (FAT: two).
+const COARSE_SETTLING_TIME: Duration = Duration::from_secs(3);
 
 /// A process has at most this many further groups.
 const MAX_GROUPS: usize = 256;
@@ -139,11 +146,16 @@ impl Version {
         let seconds = u64::try_from(metadata.ctime()).unwrap_or(0);
         let changed = Duration::new(seconds, u32::try_from(metadata.ctime_nsec()).unwrap_or(0));
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        if now < changed + SETTLING_TIME {
+        if now < changed + settling_time(changed) {
             return Self::Unsettled;
         }
         Self::Settled { device: metadata.dev(), inode: metadata.ino(), size: metadata.size(), changed }
     }
+}
+
+/// How long after a change the next one may look the same.
+fn settling_time(changed: Duration) -> Duration {
+    if changed.subsec_nanos() == 0 { COARSE_SETTLING_TIME } else { SETTLING_TIME }
 }
 
 struct User {
@@ -270,7 +282,7 @@ impl Group {
 /// put a pipe in its place, which must not hold us up.
 fn read_bounded(path: &str) -> String {
     let Ok(file) = crate::files::open_regular(path.as_ref()) else { return String::new() };
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(USUAL_DATABASE_BYTES);
     let _ = file.take(MAX_DATABASE_BYTES).read_to_end(&mut bytes);
     String::from_utf8_lossy(&bytes).into_owned()
 }
@@ -298,6 +310,12 @@ mod tests {
         assert_eq!(resolve("nobody"), None);
         assert_eq!(resolve("n"), None);
         assert_eq!(resolve("user:nogroup"), None);
+    }
+
+    #[test]
+    fn a_clock_without_parts_of_a_second_is_given_its_time() {
+        assert_eq!(settling_time(Duration::from_secs(7)), COARSE_SETTLING_TIME);
+        assert_eq!(settling_time(Duration::new(7, 1)), SETTLING_TIME);
     }
 
     #[test]

@@ -87,7 +87,7 @@ impl Inner {
     ) -> Result<(), ImageError> {
         let inner = self.clone();
         blocking(move || names.iter().try_for_each(|(reference, entry)| inner.tag(reference, entry.clone()))).await?;
-        let (inner, diff_ids) = (self.clone(), data.diff_ids.clone());
+        let (inner, diff_ids) = (self.clone(), data.diff_ids().to_vec());
         // Nobody waits for this, and the runtime waits for it at its end.
         tokio::task::spawn_blocking(move || inner.tidy(&diff_ids));
         Ok(())

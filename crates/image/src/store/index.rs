@@ -4,13 +4,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use stacyvm_api::Timestamp;
 
-use super::layout::{Layout, Session, write_file};
+use super::layout::{Layout, Session, Stamp, write_file};
 use crate::{Digest, ImageError};
 
 /// Layout of the file, and of the store with it.
@@ -36,14 +35,6 @@ pub(crate) struct IndexEntry {
 #[derive(Debug, Default)]
 pub(crate) struct CachedIndex(Mutex<Option<(Stamp, Index)>>);
 
-/// Tells one version of the file from the next: each is a new inode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stamp {
-    inode: u64,
-    length: u64,
-    modified: (i64, i64),
-}
-
 impl CachedIndex {
     pub(crate) fn lookup(&self, layout: &Layout, reference: &str) -> Result<Option<IndexEntry>, ImageError> {
         self.with(layout, |index| index.references.get(reference).cloned())
@@ -55,12 +46,8 @@ impl CachedIndex {
 
     fn with<T>(&self, layout: &Layout, read: impl FnOnce(&Index) -> T) -> Result<T, ImageError> {
         let path = layout.index();
-        let stamp = match fs::metadata(&path) {
-            Ok(metadata) => Stamp {
-                inode: metadata.ino(),
-                length: metadata.len(),
-                modified: (metadata.mtime(), metadata.mtime_nsec()),
-            },
+        let stamp = match Stamp::of(&path) {
+            Ok(stamp) => stamp,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(read(&Index::default())),
             Err(error) => return Err(ImageError::storage("read the image index", path, error)),
         };

@@ -38,7 +38,7 @@ pub(crate) struct LayerRecord {
 
 /// Whatever stands in `layers/`, usable or not.
 pub(crate) fn read_record(layout: &Layout, diff_id: &Digest) -> Option<LayerRecord> {
-    let content = fs::read(layout.layer(diff_id).join("layer.json")).ok()?;
+    let content = fs::read(layout.layer_record(diff_id)).ok()?;
     serde_json::from_slice(&content).ok()
 }
 
@@ -152,7 +152,7 @@ impl Inner {
             let Some(mut record) = read_record(&self.layout, diff_id) else { continue };
             if record.unsynced_in_boot.take().is_some_and(|boot| boot == boot_id()) {
                 let content = serde_json::to_vec(&record).map_err(|error| failed(error.into()))?;
-                write_file(&self.session, &self.layout.layer(diff_id).join("layer.json"), &content)?;
+                write_file(&self.session, &self.layout.layer_record(diff_id), &content)?;
             }
         }
         Ok(())

@@ -74,6 +74,10 @@ impl Layout {
         self.layers().join(diff_id.hex())
     }
 
+    pub(crate) fn layer_record(&self, diff_id: &Digest) -> PathBuf {
+        self.layer(diff_id).join("layer.json")
+    }
+
     pub(crate) fn layer_tree(&self, diff_id: &Digest) -> PathBuf {
         self.layer(diff_id).join("fs")
     }
@@ -152,6 +156,22 @@ impl Layout {
 fn stuck(path: &Path) -> ImageError {
     let error = io::Error::new(io::ErrorKind::TimedOut, "another process holds the lock and does not let go");
     ImageError::storage("lock the image store", path, error)
+}
+
+/// Tells one version of a file from the next: each is a new inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    inode: u64,
+    length: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        let modified = (metadata.mtime(), metadata.mtime_nsec());
+        Ok(Self { inode: metadata.ino(), length: metadata.len(), modified })
+    }
 }
 
 /// An `flock` on a file that may be removed by whoever holds it exclusively.

@@ -28,8 +28,8 @@ pub(super) fn write(layout: &Layout, session: &Session, owner: &str, image: &Ima
     let lease = Lease {
         owner: owner.to_owned(),
         reference: image.reference.clone(),
-        manifest: image.data.manifest.clone(),
-        layers: image.data.diff_ids.clone(),
+        manifest: image.data.manifest().clone(),
+        layers: image.data.diff_ids().to_vec(),
     };
     let failed = |error: io::Error| ImageError::storage("record a lease", &path, error);
     let content = serde_json::to_vec(&lease).map_err(|error| failed(error.into()))?;

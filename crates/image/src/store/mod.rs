@@ -7,23 +7,24 @@
 //!                   layer blobs  ───────unpack────►  layer directories
 //! ```
 //!
-//! [`ImageStore::get`] answers from memory when a live handle of the same image
-//! exists, from disk when the image is complete there, and pulls otherwise.
+//! [`ImageStore::get`] answers from memory when it knows the image and its layers
+//! have not changed, from disk when the image is complete there, and pulls
+//! otherwise.
 //! Concurrent callers share one pull. What a live [`Image`] or a recorded lease
 //! needs is never collected.
 
 mod flight;
 mod gc;
 mod index;
+mod known;
 mod layers;
 mod layout;
 mod leases;
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 use oci_spec::image::ImageManifest;
 use stacyvm_api::Timestamp;
@@ -40,6 +41,8 @@ pub(crate) use flight::{Flights, Reporter};
 pub use gc::GarbageReport;
 pub(crate) use index::IndexEntry;
 use index::{CachedIndex, Index};
+pub(crate) use known::ImageData;
+use known::{Contents, KnownImages};
 pub(crate) use layers::LayerRecord;
 pub(crate) use layout::{FileLock, Layout, Session, place_file, write_file};
 pub use leases::Lease;
@@ -100,8 +103,7 @@ pub(crate) struct Inner {
     pub(crate) form: LayerForm,
     index: CachedIndex,
     flights: Flights<Arc<ImageData>>,
-    /// Images that somebody here holds, by manifest.
-    live: Mutex<HashMap<Digest, Weak<ImageData>>>,
+    known: KnownImages,
 }
 
 /// An image ready to be mounted. Its layers stay on disk while it lives.
@@ -119,18 +121,6 @@ pub struct Image {
     /// What of its layers could not be kept, added up.
     pub notes: LayerNotes,
     pub(crate) data: Arc<ImageData>,
-}
-
-/// What all handles of one image share.
-#[derive(Debug)]
-pub(crate) struct ImageData {
-    pub(crate) manifest: Digest,
-    pub(crate) diff_ids: Vec<Digest>,
-    config: ImageConfig,
-    form: LayerForm,
-    notes: LayerNotes,
-    layers: Vec<PathBuf>,
-    _in_use: FileLock,
 }
 
 /// One line of `stacyvm image list`.
@@ -173,7 +163,7 @@ impl ImageStore {
                 form: LayerForm::of_this_process(),
                 index: CachedIndex::default(),
                 flights: Flights::default(),
-                live: Mutex::default(),
+                known: KnownImages::default(),
                 options,
             };
             Ok(Self { inner: Arc::new(inner) })
@@ -184,7 +174,7 @@ impl ImageStore {
     /// The image, from the store where it is there, pulled otherwise.
     pub async fn get(&self, reference: &str, progress: &dyn ProgressSink) -> Result<Image, ImageError> {
         let reference: ImageReference = reference.parse()?;
-        if let Some(image) = self.inner.cached(&reference)? {
+        if let Some(image) = self.inner.known(&reference).await? {
             return Ok(image);
         }
         let inner = self.inner.clone();
@@ -284,29 +274,24 @@ impl std::fmt::Debug for ImageStore {
     }
 }
 
-impl ImageData {
-    pub(crate) fn handle(self: &Arc<Self>, reference: &ImageReference) -> Image {
-        Image {
-            reference: reference.to_string(),
-            digest: self.manifest.to_string(),
-            layers: self.layers.clone(),
-            config: self.config.clone(),
-            form: self.form,
-            notes: self.notes,
-            data: self.clone(),
-        }
-    }
-}
-
 impl Inner {
-    /// A handle from memory: no lock, no file but the index's own metadata.
-    fn cached(&self, reference: &ImageReference) -> Result<Option<Image>, ImageError> {
-        let Some(entry) = self.index.lookup(&self.layout, &reference.to_string())? else { return Ok(None) };
-        Ok(self.live_data(&entry.manifest).map(|data| data.handle(reference)))
+    /// An image that was complete when it was last asked for, if it still is:
+    /// its documents are not read again.
+    async fn known(&self, reference: &ImageReference) -> Result<Option<Image>, ImageError> {
+        let Some(entry) = self.lookup(reference)? else { return Ok(None) };
+        if let Some(data) = self.known.live(&entry.manifest) {
+            return Ok(Some(data.handle(reference)));
+        }
+        let Some(contents) = self.known.contents(&entry.manifest) else { return Ok(None) };
+        let in_use = self.mark_in_use(&entry.manifest).await?;
+        if !contents.are_unchanged(&self.layout) {
+            return Ok(None);
+        }
+        Ok(Some(self.known.admit(contents, in_use).handle(reference)))
     }
 
     pub(crate) fn live_data(&self, manifest: &Digest) -> Option<Arc<ImageData>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner).get(manifest)?.upgrade()
+        self.known.live(manifest)
     }
 
     pub(crate) fn lookup(&self, reference: &ImageReference) -> Result<Option<IndexEntry>, ImageError> {
@@ -369,26 +354,8 @@ impl Inner {
         records: &[LayerRecord],
         in_use: FileLock,
     ) -> Arc<ImageData> {
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        live.retain(|_, data| data.strong_count() > 0);
-        if let Some(data) = live.get(manifest).and_then(Weak::upgrade) {
-            return data;
-        }
-        let mut notes = LayerNotes::default();
-        for record in records {
-            notes.add(&record.notes);
-        }
-        let data = Arc::new(ImageData {
-            manifest: manifest.clone(),
-            layers: config.diff_ids.iter().map(|diff_id| self.layout.layer_tree(diff_id)).collect(),
-            diff_ids: config.diff_ids,
-            config: config.config,
-            form: self.form,
-            notes,
-            _in_use: in_use,
-        });
-        live.insert(manifest.clone(), Arc::downgrade(&data));
-        data
+        let contents = Contents::of(&self.layout, manifest, config, records, self.form);
+        self.known.admit(Arc::new(contents), in_use)
     }
 
     /// Changes the index under the store's exclusive lock.

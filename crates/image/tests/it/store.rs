@@ -67,6 +67,28 @@ async fn a_handle_keeps_its_layers_also_against_other_processes() {
     assert!(!path.exists());
 }
 
+/// What is remembered of an image is not trusted over what is on the disk.
+#[tokio::test]
+async fn an_image_that_is_known_is_looked_for_again() {
+    let store = TestStore::open().await;
+    let image = import(&store.store, "a:1", &small_image("first")).await;
+    let (layer, digest) = (image.layers[0].clone(), image.digest.clone());
+    drop(image);
+    fs::remove_dir_all(layer.parent().unwrap()).unwrap();
+    let again = store.store.get("a:1", &()).await.unwrap();
+    assert_eq!((&again.layers[0], &again.digest), (&layer, &digest));
+    assert_eq!(fs::read(layer.join("mark")).unwrap(), b"first");
+    drop(again);
+    // Whoever else uses the store may let the name mean something else.
+    drop(import(&store.open_again().await, "a:1", &small_image("second")).await);
+    let other = store.store.get("a:1", &()).await.unwrap();
+    assert_eq!(fs::read(other.layers[0].join("mark")).unwrap(), b"second");
+    store.open_again().await.remove("a:1").await.unwrap();
+    drop(other);
+    let gone = store.store.get("a:1", &()).await.unwrap_err();
+    assert!(!matches!(gone, ImageError::Storage { .. }), "{gone:?}");
+}
+
 #[tokio::test]
 async fn a_lease_keeps_layers_when_no_process_does() {
     let store = TestStore::open().await;
