@@ -37,6 +37,7 @@ device="$(basename "$(df --output=source "$work" | tail -n 1)")"
 if [ -d "/proc/fs/ext4/$device" ] && ! ls -d "/proc/fs/jbd2/$device"* >/dev/null 2>&1; then
     echo "bench: $work is on ext4 without a journal; measuring on one with a journal, in a loop device"
     disk="$(mktemp -d)"
+    chmod 711 "$disk"
     truncate -s 8G "$disk/image"
     mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 "$disk/image"
     mkdir "$disk/work"

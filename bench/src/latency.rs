@@ -1,12 +1,19 @@
-//! One sandbox at a time: create to first result, exec, destroy.
+//! One sandbox at a time: create to first result, exec, destroy; and in turns
+//! with them what other runtimes take for the same command.
 
+use tokio::task::block_in_place;
 use tokio::time::Instant;
 
+use crate::baseline::{Baseline, Contenders};
 use crate::server::{ServeOptions, Server, Setup};
 use crate::statistics::Spread;
 
 /// Not counted: they fill caches and connections.
 const WARM_UPS: usize = 5;
+
+/// So many of ours, then one of each other runtime: what else this machine does
+/// strikes all alike, and nobody has the others' caches alone.
+const TURN: usize = 4;
 
 pub(crate) struct Latency {
     /// Asked for, made, `true` run, result received.
@@ -15,12 +22,17 @@ pub(crate) struct Latency {
     /// In a sandbox that runs already.
     pub(crate) exec: Spread,
     pub(crate) destroy: Spread,
+    pub(crate) others: Vec<Baseline>,
 }
 
 pub(crate) async fn measure(setup: &Setup, creates: usize, execs: usize) -> anyhow::Result<Latency> {
+    let mut others = Contenders::prepare(setup).await?;
     let server = Server::start(setup, "latency", ServeOptions::default()).await?;
     let (mut create, mut first, mut destroy) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..WARM_UPS + creates {
+        if round % TURN == 0 {
+            block_in_place(|| others.take_turns());
+        }
         let start = Instant::now();
         let id = server.create().await?;
         let made = start.elapsed();
@@ -51,5 +63,6 @@ pub(crate) async fn measure(setup: &Setup, creates: usize, execs: usize) -> anyh
         create: Spread::of(&create),
         exec: Spread::of(&exec),
         destroy: Spread::of(&destroy),
+        others: others.results(),
     })
 }

@@ -83,7 +83,7 @@ enum Part {
 enum Helper {
     /// Times an OCI runtime from inside a mount namespace of its own.
     #[command(hide = true)]
-    Runtime { program: PathBuf, bundle: PathBuf, count: usize },
+    Runtime { program: PathBuf, bundle: PathBuf },
     /// Serves what previews are measured with.
     #[command(hide = true)]
     Guest { port: u16 },
@@ -93,7 +93,7 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match &arguments.helper {
-        Some(Helper::Runtime { program, bundle, count }) => baseline::measure_here(program, bundle, *count),
+        Some(Helper::Runtime { program, bundle }) => baseline::measure_here(program, bundle),
         Some(Helper::Guest { port }) => runtime.block_on(preview::serve(*port)),
         None => runtime.block_on(run(arguments)),
     }
@@ -105,9 +105,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut report = Report::new(&setup);
     print!("{}", report.heading());
     if wanted(Part::Latency) {
-        let ours = latency::measure(&setup, arguments.creates, arguments.execs).await?;
-        let others = baseline::measure(&setup).await?;
-        report.latency(&ours, others);
+        let mut measured = latency::measure(&setup, arguments.creates, arguments.execs).await?;
+        measured.others.push(baseline::docker(&setup).await?);
+        report.latency(measured);
     }
     if wanted(Part::Burst) {
         report.burst(&burst::measure(&setup).await?);

@@ -68,6 +68,8 @@ pub(crate) struct ServeOptions {
 pub(crate) enum Runtime {
     #[default]
     Oci,
+    /// By this OCI runtime.
+    OciBy(PathBuf),
     /// Containers of the daemon behind this socket.
     Docker(PathBuf),
     Proot,
@@ -108,6 +110,7 @@ impl Server {
         }
         match options.runtime {
             Runtime::Oci => {}
+            Runtime::OciBy(program) => drop(serve.env("STACYVM_PROVIDERS_OCI_RUNTIME", program)),
             Runtime::Docker(socket) => {
                 serve.env("STACYVM_PROVIDERS_DEFAULT", "docker").env("STACYVM_PROVIDERS_DOCKER_SOCKET", socket);
                 serve.env("STACYVM_PROVIDERS_OCI_ENABLED", "false");
