@@ -7,7 +7,7 @@ TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 PROGRAM = target/$(or $(TARGET),$(shell uname -m)-unknown-linux-gnu)/release/stacyvm
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test lint fmt bench dist
+.PHONY: help run build test testvm lint fmt bench dist
 
 help: ## List the targets
 	@echo "StacyVM: a computer for every AI agent"
@@ -24,6 +24,9 @@ build: ## Build the static release program
 test: ## Run every test, with real namespaces and the published SDK (needs root)
 	@scripts/setup.sh test
 	@scripts/test.sh
+
+testvm: build ## Run the contract suite in an emulated machine with control groups v2 alone (needs root)
+	@tests/vm/run.sh $(PROGRAM)
 
 lint: ## Check formatting and lints
 	@scripts/setup.sh build

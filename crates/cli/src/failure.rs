@@ -178,7 +178,7 @@ pub(crate) fn client_code(error: &ClientError) -> &str {
         ClientError::Api(api) => &api.code_text,
         ClientError::InvalidArgument { .. } => USAGE,
         ClientError::Connect { .. } => "NO_SERVER",
-        ClientError::Tls { .. } => "NO_SECURE_CONNECTION",
+        ClientError::Tls { .. } | ClientError::NoTls(_) => "NO_SECURE_CONNECTION",
         ClientError::Transport { .. } => "CONNECTION_BROKEN",
         ClientError::Protocol(_) => "BAD_ANSWER",
         ClientError::Upload(_) => "FAILED",

@@ -95,9 +95,7 @@ impl Client {
             };
             // A proxy from the environment knows no way back to this machine.
             let builder = if is_loopback(&base) { builder.no_proxy() } else { builder };
-            builder
-                .build()
-                .map_err(|error| ClientError::InvalidArgument { what: "client options", why: error.to_string() })
+            build_for(builder, &base)
         };
         let http = build(reqwest::Client::builder())?;
         let upgrade = build(reqwest::Client::builder().http1_only())?;
@@ -221,6 +219,13 @@ pub(crate) fn next_cursor(response: &Response) -> Option<String> {
 
 pub(crate) fn transport(server: &str, error: impl std::error::Error + Send + Sync + 'static) -> ClientError {
     ClientError::Transport { server: server.to_owned(), source: Box::new(error) }
+}
+
+/// Without TLS no certificates are needed, which not every machine has.
+pub(crate) fn build_for(builder: reqwest::ClientBuilder, base: &Url) -> Result<reqwest::Client, ClientError> {
+    let is_plain = base.scheme() == "http";
+    let builder = if is_plain { builder.tls_certs_only([]) } else { builder };
+    builder.build().map_err(|error| ClientError::NoTls(error.into()))
 }
 
 fn parse_server(server: &str) -> Result<Url, ClientError> {

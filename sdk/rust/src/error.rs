@@ -14,6 +14,9 @@ pub enum ClientError {
     /// The address, a key or a name cannot be part of a request.
     #[error("{what}: {why}")]
     InvalidArgument { what: &'static str, why: String },
+    /// This machine cannot make secure connections at all.
+    #[error("no secure connection can be made from this machine")]
+    NoTls(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// No connection could be made.
     #[error("no server answers at {server}")]
     Connect { server: String, source: reqwest::Error },
@@ -37,6 +40,7 @@ impl ClientError {
         match self {
             Self::Api(error) => error.code,
             Self::InvalidArgument { .. }
+            | Self::NoTls(_)
             | Self::Connect { .. }
             | Self::Tls { .. }
             | Self::Transport { .. }
@@ -51,6 +55,7 @@ impl ClientError {
             Self::Api(error) => error.hint.as_deref(),
             Self::Connect { .. } => Some("start one with `stacyvm serve`, or name another with --server"),
             Self::Tls { problem, .. } => Some(problem.hint()),
+            Self::NoTls(_) => Some("install this machine's CA certificates: apt-get install -y ca-certificates"),
             Self::InvalidArgument { .. } | Self::Transport { .. } | Self::Protocol(_) | Self::Upload(_) => None,
         }
     }

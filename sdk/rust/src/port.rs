@@ -11,7 +11,7 @@ use reqwest::{Method, StatusCode, Url};
 use stacyvm_api::{Duration, Port, PortAccess, PortLink, PortLinkRequest, PortRequest};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::client::{CONNECT_TIMEOUT, is_loopback};
+use crate::client::{CONNECT_TIMEOUT, build_for, is_loopback};
 use crate::{ClientError, SandboxClient};
 
 /// Carries a link's token for programs.
@@ -80,7 +80,7 @@ impl SandboxClient {
         } else if host.ends_with(".localhost") {
             builder = builder.no_proxy().resolve_to_addrs(&host, &self.server_addresses(&url).await?);
         }
-        let http = builder.build().map_err(|error| invalid(error.to_string()))?;
+        let http = build_for(builder, &url)?;
         let mut request = http.get(url);
         if described.access == PortAccess::Token {
             request = request.header(TRAFFIC_TOKEN, self.port_link(port, None).await?.token);

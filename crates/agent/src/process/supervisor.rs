@@ -35,6 +35,7 @@ use crate::user::Identity;
 /// The command, and only it, starts with this much more oom score than the agent.
 const OOM_SCORE_RAISE: i32 = 500;
 const OOM_SCORE_MAX: i32 = 1000;
+const OOM_SCORE: &CStr = c"/proc/self/oom_score_adj";
 
 /// The command's side runs on this stack from vfork to exec.
 const CHILD_STACK_BYTES: usize = 32 << 10;
@@ -165,11 +166,16 @@ impl Plan {
     }
 }
 
-/// The agent's own score, raised, as text for `/proc`. It does not change.
+/// The agent's own score, raised, as text for `/proc`; nothing where the agent
+/// may not write there, and a command would try in vain. It does not change.
 fn command_oom_score() -> &'static [u8] {
     static SCORE: OnceLock<Vec<u8>> = OnceLock::new();
     SCORE.get_or_init(|| {
-        let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+        let Ok(path) = OOM_SCORE.to_str() else { return Vec::new() };
+        if std::fs::OpenOptions::new().write(true).open(path).is_err() {
+            return Vec::new();
+        }
+        let own = std::fs::read_to_string(path).unwrap_or_default();
         let own: i32 = own.trim().parse().unwrap_or(0);
         (own + OOM_SCORE_RAISE).min(OOM_SCORE_MAX).to_string().into_bytes()
     })
@@ -360,11 +366,13 @@ unsafe fn become_command(plan: &Plan) -> (Step, c_int) {
 }
 
 unsafe fn raise_oom_score(score: &[u8]) {
-    const PATH: &CStr = c"/proc/self/oom_score_adj";
+    if score.is_empty() {
+        return;
+    }
     // SAFETY: a constant path and a slice that outlives the call. Failure is
-    // accepted: without the right to it, the command keeps the agent's score.
+    // accepted: the command keeps the agent's score.
     unsafe {
-        let fd = libc::open(PATH.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        let fd = libc::open(OOM_SCORE.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         if fd >= 0 {
             // The exec closes it.
             libc::write(fd, score.as_ptr().cast::<c_void>(), score.len());

@@ -33,7 +33,7 @@ pub enum AddressError {
     Malformed(String),
     #[error("the backend's key is not a header value")]
     Key,
-    #[error("no HTTP client can be made")]
+    #[error("no secure connection can be made from this machine (are CA certificates installed?)")]
     Client(#[source] reqwest::Error),
 }
 
@@ -72,6 +72,8 @@ impl Http {
             .no_proxy()
             // Connections are upgraded, which HTTP/2 does differently.
             .http1_only();
+        // Without TLS no certificates are needed, which not every machine has.
+        let builder = if base.scheme() == "http" { builder.tls_certs_only([]) } else { builder };
         let client = builder.build().map_err(AddressError::Client)?;
         Ok(Self { client, base, limit, speaks: Arc::default() })
     }

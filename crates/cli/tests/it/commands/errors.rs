@@ -57,6 +57,20 @@ async fn a_server_that_is_not_there_takes_two_lines() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_http_needs_no_ca_certificates() {
+    let server = Server::shared().await;
+    let bare = async |arguments: &[&str]| {
+        let mut command = server.program(arguments);
+        command.envs([("SSL_CERT_FILE", "/nonexistent"), ("SSL_CERT_DIR", "/nonexistent")]);
+        run(command, b"").await
+    };
+    bare(&["list"]).await.ok();
+    let secure = bare(&["list", "--server", "https://127.0.0.1:1"]).await.failed(1);
+    assert!(secure.stderr().starts_with("error: no secure connection can be made from this machine\n"), "{secure}");
+    assert!(secure.stderr().contains("hint: install this machine's CA certificates"), "{secure}");
+}
+
 #[tokio::test]
 async fn help_and_usage_are_the_same_whatever_is_set() {
     let site = Site::new();
