@@ -77,14 +77,16 @@ async fn oci_is_certified_with_evidence_that_verifies() {
         assert!(signoff[part].as_str().is_some_and(|word| word.starts_with("PASS (")), "{part}: {signoff:?}");
     }
 
-    for name in ["oci-conformance.json", "oci-conformance.txt", "oci-smoke.txt", "oci-server.log"] {
-        assert!(site.home().join("evidence").join(name).is_file(), "{name} is not beside the report");
+    for name in
+        ["conformance.json", "conformance.txt", "smoke.txt", "server.log"].map(|name| format!("oci.json-{name}"))
+    {
+        assert!(site.home().join("evidence").join(&name).is_file(), "{name} is not beside the report");
     }
     let verify = async || site.run(&["certify", "verify", "evidence/oci.json"]).await;
     verify().await.ok().says("as it was made");
-    fs::write(site.home().join("evidence/oci-smoke.txt"), "all is well").expect("written");
-    verify().await.failed(1).says("oci-smoke.txt was changed");
-    fs::remove_file(site.home().join("evidence/oci-smoke.txt")).expect("removed");
+    fs::write(site.home().join("evidence/oci.json-smoke.txt"), "all is well").expect("written");
+    verify().await.failed(1).says("oci.json-smoke.txt was changed");
+    fs::remove_file(site.home().join("evidence/oci.json-smoke.txt")).expect("removed");
     verify().await.failed(1).says("is missing");
     fs::write(site.home().join("evidence/oci.json"), text.replacen("WARN", "PASS", 1)).expect("written");
     verify().await.failed(1).says("it was changed");
@@ -412,3 +414,14 @@ async fn the_script_takes_the_published_arguments() {
         assert!(text.contains(part), "{part} is not in {text}");
     }
 }
+/// Before anything is looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_not_there_is_a_wrong_argument() {
+    let site = Site::new();
+    for option in ["--image-archive", "--test-result", "--stacyvm-bin", "--config"] {
+        let ran = certify(&site, &["oci", option, "missing"], &[]).await;
+        assert_eq!(ran.status(), Some(2), "{ran}");
+        ran.says(option).says("there is no file missing");
+    }
+}
+
