@@ -29,8 +29,7 @@ class Backend(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, body=b""):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status), self.send_header("Content-Length", len(body)), self.end_headers()
-        self.wfile.write(body)
+        self.send_response(status), self.send_header("Content-Length", len(body)), self.end_headers(), self.wfile.write(body)
 
     def at(self, sandbox_id, path):  # Links must not lead out of the sandbox.
         root, path = BOXES[sandbox_id][0], BOXES[sandbox_id][0] + "/" + os.path.normpath("/" + path).lstrip("/")
@@ -95,6 +94,7 @@ class Backend(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     request_queue_size, daemon_threads = 128, True
+    def handle_error(self, *call): isinstance(sys.exc_info()[1], ConnectionError) or super().handle_error(*call)  # It hung up.
 
 if __name__ == "__main__":
     server = Server(("127.0.0.1", int(sys.argv[1]) if len(sys.argv) > 1 else 7425), Backend)

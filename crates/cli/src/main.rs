@@ -10,6 +10,7 @@ mod commands;
 mod config;
 mod data_dir;
 mod failure;
+mod lifeline;
 mod output;
 mod private_file;
 mod terminal;

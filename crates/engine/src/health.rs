@@ -1,8 +1,8 @@
 //! Health of providers: checked in the background, read from memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use stacyvm_api::{ErrorCode, ProviderDetail, ProviderHealth};
@@ -24,22 +24,68 @@ pub(crate) struct HealthCache {
 }
 
 impl HealthCache {
-    /// A call failed. Where it says that a provider is away that counts as well,
-    /// nobody is told otherwise until the next check would have been due.
-    pub(crate) fn doubt(&self, provider: &str, error: &EngineError) {
+    /// A call ended. Where it says of a provider that counts as well that it is
+    /// away, or the other way round, nobody is told otherwise until the next check
+    /// would have been due.
+    pub(crate) fn compare<T>(&self, provider: &str, outcome: Result<&T, &EngineError>) {
+        let is_away = match outcome {
+            Ok(_) => false,
+            Err(error) if error.code() == ErrorCode::Unavailable => true,
+            Err(_) => return,
+        };
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        if error.code() == ErrorCode::Unavailable && known.get(provider).is_some_and(|health| health.healthy) {
+        if known.get(provider).is_some_and(|health| health.healthy == is_away) {
             self.doubted.notify_one();
         }
     }
+}
 
-    /// Waits for such a call.
-    pub(crate) async fn doubted(&self) {
-        self.doubted.notified().await;
+/// When providers are looked at again: soon after one was found to be away, and
+/// less and less soon while it stays so.
+#[derive(Debug)]
+struct Rhythm {
+    first: Duration,
+    usual: Duration,
+    pause: Duration,
+    away: BTreeSet<String>,
+}
+
+impl Rhythm {
+    fn new(first: Duration, usual: Duration) -> Self {
+        let first = first.min(usual);
+        Self { first, usual, pause: usual, away: BTreeSet::new() }
+    }
+
+    fn next(&mut self, checked: &[ProviderHealth]) -> Duration {
+        let away: BTreeSet<_> =
+            checked.iter().filter(|health| !health.healthy).map(|health| health.name.clone()).collect();
+        self.pause = if away.is_empty() {
+            self.usual
+        } else if away.is_subset(&self.away) {
+            (self.pause * 2).min(self.usual)
+        } else {
+            self.first
+        };
+        self.away = away;
+        self.pause
     }
 }
 
 impl Shared {
+    /// Keeps what is known of providers up to date, for ever.
+    pub(crate) async fn keep_checking(&self) {
+        let timing = &self.options.timing;
+        let mut rhythm = Rhythm::new(timing.health_retry_first, timing.health_interval);
+        let mut pause = rhythm.next(&self.cached_health());
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.health.doubted.notified() => {}
+            }
+            pause = rhythm.next(&self.check_providers().await);
+        }
+    }
+
     /// Checks all providers at the same time, each within its deadline.
     pub(crate) async fn check_providers(&self) -> Vec<ProviderHealth> {
         // Each is known as soon as it is: one that hangs holds up no other.
@@ -165,4 +211,38 @@ fn shortfalls(provider: &dyn Provider) -> Vec<String> {
         ("loose_limits", short.loose_limits),
     ];
     all.into_iter().filter(|(_, short)| *short).map(|(name, _)| name.to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn health(name: &str, healthy: bool) -> ProviderHealth {
+        ProviderHealth {
+            name: name.to_owned(),
+            healthy,
+            default: false,
+            latency_ms: 0,
+            last_checked: String::new(),
+            error: None,
+            capabilities: Vec::new(),
+            shortfalls: Vec::new(),
+            runtime_count: None,
+            findings: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn who_is_away_is_looked_for_soon_and_then_less_and_less() {
+        let mut rhythm = Rhythm::new(Duration::from_secs(1), Duration::from_secs(15));
+        let mut pauses = |one: bool, other: bool, count: usize| {
+            let checked = [health("one", one), health("other", other)];
+            (0..count).map(|_| rhythm.next(&checked).as_secs()).collect::<Vec<_>>()
+        };
+        assert_eq!(pauses(true, true, 2), [15, 15]);
+        assert_eq!(pauses(false, true, 6), [1, 2, 4, 8, 15, 15]);
+        assert_eq!(pauses(false, false, 2), [1, 2], "another one is away, too");
+        assert_eq!(pauses(true, false, 1), [4]);
+        assert_eq!(pauses(true, true, 1), [15]);
+    }
 }

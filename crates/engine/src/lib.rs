@@ -51,4 +51,5 @@ pub use metrics::{
 pub use options::{
     EngineOptions, Limits, Retention, SandboxDefaults, ServerSecret, SpawnOverflow, Timing, UnknownSandboxes,
 };
+pub use order::{DISK_RANGE_MIB, MEMORY_RANGE_MIB, PIDS_RANGE, VCPUS_RANGE, check_image};
 pub use store::{MigrationState, StoreError, StoreFile, StoreKeys, StoreMigration, StoreStatistics};

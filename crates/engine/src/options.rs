@@ -184,6 +184,9 @@ pub struct Timing {
     pub reap_interval: Duration,
     pub reconcile_interval: Duration,
     pub health_interval: Duration,
+    /// How soon a provider that was found to be away is looked at again; doubled
+    /// up to `health_interval` while it stays so.
+    pub health_retry_first: Duration,
     pub retention_interval: Duration,
     /// A health check that takes longer counts as failed.
     pub health_timeout: Duration,
@@ -209,6 +212,7 @@ impl Default for Timing {
             reap_interval: seconds(5),
             reconcile_interval: seconds(60),
             health_interval: seconds(15),
+            health_retry_first: seconds(1),
             retention_interval: seconds(3600),
             health_timeout: seconds(5),
             create_timeout: seconds(15 * 60),

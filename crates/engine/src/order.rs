@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,21 @@ use crate::{Caller, EngineError, LimitExceeded};
 const SDK_DEFAULT_IMAGE: &str = "alpine:latest";
 
 const IMAGE_MAX_BYTES: usize = 512;
+
+/// What one sandbox may have of memory, in MiB. Below 16 not even the agent and a
+/// shell run: the kernel would end what is started, without a word. 16 TiB is more
+/// than hosts have, and far below where bytes overflow.
+pub const MEMORY_RANGE_MIB: RangeInclusive<u64> = 16..=1 << 24;
+/// The same of a disk; more is beyond any, and would not fit a number in bytes.
+pub const DISK_RANGE_MIB: RangeInclusive<u64> = 1..=1 << 32;
+/// The same of processes and threads. The agent takes five, each command a helper;
+/// what is left has to be enough for a runtime to start them and for a shell with a
+/// pipe. The most is also Linux' own maximum of pids.
+pub const PIDS_RANGE: RangeInclusive<u64> = 16..=1 << 22;
+/// The same of processors. A kernel's scheduler shares out no less of one, and can
+/// be built for no more (`NR_CPUS`).
+pub const VCPUS_RANGE: RangeInclusive<f64> = 0.01..=8192.0;
+
 const METADATA_MAX_ENTRIES: usize = 64;
 const METADATA_KEY_MAX_BYTES: usize = 256;
 const METADATA_VALUE_MAX_BYTES: usize = 4096;
@@ -24,24 +40,6 @@ const ENV_MAX_ENTRIES: usize = 512;
 const ENV_MAX_BYTES: usize = 128 * 1024;
 const USER_MAX_BYTES: usize = 64;
 const ALLOW_MAX_ENTRIES: usize = 128;
-/// Below this not even the agent and a shell run: the kernel would end what is
-/// started, without a word.
-const MEMORY_MIN_MIB: u64 = 16;
-/// 16 TiB: more than hosts have, and far below where bytes overflow.
-pub(crate) const MEMORY_MAX_MIB: u64 = 1 << 24;
-
-/// Beyond any disk; in bytes it still fits a number.
-pub(crate) const DISK_MAX_MIB: u64 = 1 << 32;
-/// The agent takes five, each command a helper; what is left has to be enough
-/// for a runtime to start them and for a shell with a pipe.
-const PIDS_MIN: u64 = 16;
-/// Processes at most, which is also Linux' own maximum of pids.
-const PIDS_MAX: u64 = 1 << 22;
-/// A kernel's scheduler shares out no less of a processor.
-const VCPUS_MIN: f64 = 0.01;
-/// Most processors Linux can be built for (`NR_CPUS`).
-const VCPUS_MAX: f64 = 8192.0;
-
 /// One sandbox to make, fully resolved.
 #[derive(Clone)]
 pub(crate) struct Order {
@@ -190,22 +188,20 @@ impl Shared {
     fn check_sizes(&self, order: &Order) -> Result<(), EngineError> {
         let limits = &self.options.limits;
         check_enough(order.memory_mb, order.vcpus, order.pids_limit)?;
+        let least =
+            |set: Option<u64>, range: &RangeInclusive<u64>| set.map_or(*range.end(), |max| max.min(*range.end()));
         let asked = [
-            (
-                "memory_mb",
-                order.memory_mb as f64,
-                Some(limits.max_memory_mb.unwrap_or(MEMORY_MAX_MIB).min(MEMORY_MAX_MIB) as f64),
-            ),
-            ("vcpus", order.vcpus, Some(limits.max_vcpus.unwrap_or(VCPUS_MAX).min(VCPUS_MAX))),
+            ("memory_mb", order.memory_mb as f64, least(limits.max_memory_mb, &MEMORY_RANGE_MIB) as f64),
+            ("vcpus", order.vcpus, limits.max_vcpus.map_or(*VCPUS_RANGE.end(), |max| max.min(*VCPUS_RANGE.end()))),
             (
                 "disk_size_mb",
                 order.disk_size_mb.unwrap_or(0) as f64,
-                Some(limits.max_disk_size_mb.unwrap_or(DISK_MAX_MIB).min(DISK_MAX_MIB) as f64),
+                least(limits.max_disk_size_mb, &DISK_RANGE_MIB) as f64,
             ),
-            ("pids_limit", order.pids_limit as f64, Some(PIDS_MAX as f64)),
+            ("pids_limit", order.pids_limit as f64, *PIDS_RANGE.end() as f64),
         ];
         for (what, asked, max) in asked {
-            if let Some(max) = max.filter(|max| asked > *max) {
+            if asked > max {
                 return Err(EngineError::Limit(LimitExceeded::Resource { what, asked, max }));
             }
         }
@@ -215,18 +211,18 @@ impl Shared {
 
 /// Refuses what no sandbox could start with.
 pub(crate) fn check_enough(memory_mb: u64, vcpus: f64, pids_limit: u64) -> Result<(), EngineError> {
-    let too_little = |what: &str, asked: f64, min: f64, max: f64| {
-        let message = format!("{what} {asked} is too little to run anything: {min} is the minimum, {max} the maximum");
-        Err(EngineError::InvalidInput(message))
-    };
-    if memory_mb < MEMORY_MIN_MIB {
-        return too_little("memory_mb", memory_mb as f64, MEMORY_MIN_MIB as f64, MEMORY_MAX_MIB as f64);
-    }
-    if vcpus < VCPUS_MIN {
-        return too_little("vcpus", vcpus, VCPUS_MIN, VCPUS_MAX);
-    }
-    if pids_limit < PIDS_MIN {
-        return too_little("pids_limit", pids_limit as f64, PIDS_MIN as f64, PIDS_MAX as f64);
+    let whole = |range: RangeInclusive<u64>| *range.start() as f64..=*range.end() as f64;
+    for (what, asked, range) in [
+        ("memory_mb", memory_mb as f64, whole(MEMORY_RANGE_MIB)),
+        ("vcpus", vcpus, VCPUS_RANGE),
+        ("pids_limit", pids_limit as f64, whole(PIDS_RANGE)),
+    ] {
+        let (min, max) = range.into_inner();
+        if asked < min {
+            let message =
+                format!("{what} {asked} is too little to run anything: {min} is the minimum, {max} the maximum");
+            return Err(EngineError::InvalidInput(message));
+        }
     }
     Ok(())
 }
@@ -284,8 +280,13 @@ fn image_of(request: &CreateRequest, template: Option<&Template>, default: &str)
         Some(image) => asked.filter(|asked| *asked != SDK_DEFAULT_IMAGE).unwrap_or(image),
         None => asked.unwrap_or(default),
     };
-    check_text("image", image, IMAGE_MAX_BYTES)?;
+    check_image(image)?;
     Ok(image.to_owned())
+}
+
+/// Refuses what is no name of an image for any runtime.
+pub fn check_image(image: &str) -> Result<(), EngineError> {
+    check_text("image", image, IMAGE_MAX_BYTES)
 }
 
 fn metadata_of(request: &CreateRequest, template: Option<&Template>) -> Result<BTreeMap<String, String>, EngineError> {

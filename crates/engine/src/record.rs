@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admission::Reservation;
 use crate::exec::Command;
 use crate::lifecycle::{Effect, Happening, Lifecycle, Runtime};
-use crate::order::{DISK_MAX_MIB, MEMORY_MAX_MIB};
+use crate::order::{DISK_RANGE_MIB, MEMORY_RANGE_MIB};
 use crate::store::{Idempotency, PortSettings, SandboxRow};
 
 /// The one node of a server without workers.
@@ -184,11 +184,10 @@ impl Record {
     pub(crate) fn set_limits(&self, limits: LimitReport) {
         let mut state = self.lock();
         let sandbox = Arc::make_mut(&mut state.sandbox);
-        if let Some(memory) = limits.memory_mb.filter(|mib| *mib > 0 && *mib <= MEMORY_MAX_MIB) {
+        if let Some(memory) = limits.memory_mb.filter(|mib| *mib > 0 && mib <= MEMORY_RANGE_MIB.end()) {
             sandbox.memory_mb = memory;
         }
-        sandbox.disk_size_mb =
-            limits.disk_size_mb.filter(|mib| *mib > 0 && *mib <= DISK_MAX_MIB).or(sandbox.disk_size_mb);
+        sandbox.disk_size_mb = limits.disk_size_mb.filter(|mib| DISK_RANGE_MIB.contains(mib)).or(sandbox.disk_size_mb);
         sandbox.limits = Some(limits);
     }
 

@@ -203,7 +203,7 @@ impl Shared {
                 self.apply(record, Happening::RuntimeFreed, None);
             }
             Err(error) => {
-                self.health.doubt(record.provider.name(), &error);
+                self.health.compare::<()>(record.provider.name(), Err(&error));
                 // Once is enough in the log: it may go on for as long as a
                 // runtime is away, and for every sandbox on it.
                 if record.free_failures.fetch_add(1, Ordering::Relaxed) == 0 {

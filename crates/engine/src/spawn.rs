@@ -249,7 +249,8 @@ impl Shared {
         let progress = ThrottledProgress::new(EventProgress { shared: Arc::clone(self), record: Arc::clone(record) });
         let limit = self.options.timing.create_timeout;
         let created = within("create", limit, order.provider.create(&record.id, &spec, &progress)).await;
-        let created = created.inspect_err(|error| self.health.doubt(order.provider.name(), error))?;
+        self.health.compare(order.provider.name(), created.as_ref());
+        let created = created?;
         record.set_limits(created.limits);
         let session = self.connect(record).await?;
         for (index, command) in order.setup.iter().enumerate() {

@@ -120,15 +120,7 @@ async fn begin_background_work(shared: &Arc<Shared>) {
     let reaper = Arc::clone(shared);
     shared.spawn(reaper.reap());
     let health = Arc::clone(shared);
-    shared.spawn(async move {
-        loop {
-            tokio::select! {
-                () = tokio::time::sleep(health.options.timing.health_interval) => {}
-                () = health.health.doubted() => {}
-            }
-            health.check_providers().await;
-        }
-    });
+    shared.spawn(async move { health.keep_checking().await });
     let retention = Arc::clone(shared);
     shared.spawn(async move {
         loop {

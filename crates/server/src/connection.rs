@@ -56,6 +56,9 @@ impl Site {
         if let Some(named) = self.app.previews.named(&request) {
             return preview::by_host(&self.app, named, arrival, request).await;
         }
+        if let Some(refused) = preview::misnamed(&self.app, &request) {
+            return refused;
+        }
         request.extensions_mut().insert(Peer(arrival.peer));
         Service::call(&mut self.router, request).await.unwrap_or_else(|never| match never {})
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use rustls::ServerConfig;
 use rustls::crypto::ring;
-use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
@@ -57,8 +57,17 @@ pub enum TlsError {
     Read { path: PathBuf, why: String },
     #[error("{} holds no certificate", .0.display())]
     Empty(PathBuf),
+    #[error("{} holds no private key", .0.display())]
+    NoKey(PathBuf),
     #[error("the certificate and key cannot be used: {0}")]
     Unusable(#[from] rustls::Error),
+}
+
+impl TlsFiles {
+    /// Whether a server could use what is in them.
+    pub fn check(&self) -> Result<(), TlsError> {
+        load(self).map(drop)
+    }
 }
 
 /// TLS as the listeners speak it.
@@ -204,17 +213,17 @@ impl fmt::Debug for Certificate {
 }
 
 fn load(files: &TlsFiles) -> Result<CertifiedKey, TlsError> {
-    let unreadable = |path: &Path, error: rustls::pki_types::pem::Error| TlsError::Read {
-        path: path.to_owned(),
-        why: error.to_string(),
-    };
+    let unreadable = |path: &Path, error: pem::Error| TlsError::Read { path: path.to_owned(), why: error.to_string() };
     let path = files.certificate.as_path();
     let chain: Vec<CertificateDer<'static>> =
         CertificateDer::pem_file_iter(path).and_then(Iterator::collect).map_err(|error| unreadable(path, error))?;
     if chain.is_empty() {
         return Err(TlsError::Empty(path.to_owned()));
     }
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| unreadable(&files.key, error))?;
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| match error {
+        pem::Error::NoItemsFound => TlsError::NoKey(files.key.clone()),
+        error => unreadable(&files.key, error),
+    })?;
     Ok(CertifiedKey::from_der(chain, key, &ring::default_provider())?)
 }
 

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use stacyvm_api::{ListQuery, Sandbox, SandboxId};
 use stacyvm_client::{Client, ClientOptions};
 use tempfile::TempDir;
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio_util::sync::CancellationToken;
 
 use super::{Closed, START_LIMIT, chain, wait_until_ready};
@@ -31,6 +31,9 @@ pub(crate) struct OwnServer {
     /// Where sandboxes are instead of the data directory; ours, and removed.
     workspace: Option<PathBuf>,
     process: Option<Child>,
+    /// The other end of its standard input. It ends, frees what it has and
+    /// removes its directories when this is closed, be it by a `kill -9` of us.
+    lifeline: Option<ChildStdin>,
     pub(crate) client: Client,
     pub(crate) url: String,
     pub(crate) api_key: String,
@@ -101,6 +104,7 @@ impl OwnServer {
             target,
             workspace,
             process: None,
+            lifeline: None,
             client,
             url: String::new(),
             api_key,
@@ -159,10 +163,16 @@ impl OwnServer {
         let mut command = self.command();
         command.args(["serve", "--host", "127.0.0.1", "--log-level", "info", "--log-format", "json", "--port"]);
         command.arg(self.url.rsplit(':').next().filter(|port| !port.is_empty()).unwrap_or("0"));
-        command.stdin(Stdio::null()).stdout(File::create(&announced).map_err(said)?).stderr(log);
+        command.arg("--end-with-stdin").arg("--then-remove").arg(self.home.path());
+        if let Some(workspace) = &self.workspace {
+            command.arg("--then-remove").arg(workspace);
+        }
+        command.stdin(Stdio::piped()).stdout(File::create(&announced).map_err(said)?).stderr(log);
         // A terminal's Ctrl-C is for us, who end it when its sandboxes are gone.
         command.process_group(0);
-        self.process = Some(command.spawn().map_err(said)?);
+        let process = self.process.insert(command.spawn().map_err(said)?);
+        // Waiting for its end would close it before that.
+        self.lifeline = process.stdin.take();
         self.url = self.announced_url(&announced).await?;
         let options = ClientOptions { api_key: Some(self.api_key.clone()), ..ClientOptions::new(self.url.clone()) };
         self.client = Client::new(&options).map_err(|error| error.to_string())?;

@@ -20,6 +20,7 @@ use crate::commands::{Context, stop_when_interrupted};
 use crate::config::{self, Environment};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
+use crate::lifeline;
 use crate::output::{Output, Tone, print};
 
 /// Check a runtime, or a whole server, against the contract
@@ -64,12 +65,22 @@ pub(crate) struct ConformanceArgs {
     /// Configuration file for --provider
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Stop, and leave nothing, when standard input is closed
+    #[arg(long = lifeline::OPTION, hide = true)]
+    end_with_stdin: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: ConformanceArgs) -> anyhow::Result<ExitCode> {
+    let stop = stop_when_interrupted();
+    if args.url.is_none() && !args.end_with_stdin {
+        return lifeline::run_on_one(stop).await;
+    }
+    if args.end_with_stdin {
+        lifeline::watch(stop.clone());
+    }
     let format = args.form(context.output);
     let subject = Subject::open(context, &args).await?;
-    let mut options = RunOptions { only: args.only, stop: stop_when_interrupted(), ..RunOptions::default() };
+    let mut options = RunOptions { only: args.only, stop, ..RunOptions::default() };
     if let Some(image) = args.image {
         options.image = image;
     }

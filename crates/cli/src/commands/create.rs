@@ -1,21 +1,11 @@
 //! The options that describe a new sandbox, shared by `run`, `spawn` and
 //! `template save`.
 
-use std::ops::RangeInclusive;
-
 use clap::Args;
 use stacyvm_api::{CreateRequest, Disk, Duration, NetworkMode, NetworkRequest};
+use stacyvm_engine::{MEMORY_RANGE_MIB, PIDS_RANGE, VCPUS_RANGE};
 
 use crate::commands::{given, key_value};
-
-/// What a server takes (`MEMORY_MIN_MIB`, `MEMORY_MAX_MIB` of the engine).
-const MEMORY_MIB: RangeInclusive<u64> = 16..=1 << 24;
-
-/// As above (`PIDS_MIN`, `PIDS_MAX`).
-const PIDS: RangeInclusive<u64> = 16..=1 << 22;
-
-/// As above: below it, a kernel's scheduler does not share a processor out.
-const VCPUS_MIN: f64 = 0.01;
 
 /// Stands in for `--owner`.
 const OWNER_VARIABLE: &str = "STACYVM_OWNER";
@@ -33,7 +23,7 @@ pub(crate) struct SandboxArgs {
     #[arg(long, value_name = "TIME")]
     pub(crate) ttl: Option<Duration>,
     /// Memory limit: 16 MiB at least
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(MEMORY_MIB))]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(MEMORY_RANGE_MIB))]
     pub(crate) memory: Option<u64>,
     /// Processors at most, such as 2 or 0.5: 0.01 at least
     #[arg(long, value_name = "COUNT", value_parser = processors)]
@@ -45,7 +35,7 @@ pub(crate) struct SandboxArgs {
     #[arg(long)]
     pub(crate) disk_in_memory: bool,
     /// Processes and threads at most: 16 to 4194304
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(PIDS))]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(PIDS_RANGE))]
     pub(crate) pids_limit: Option<u64>,
     /// What it may reach: `none`, `bridge`, or a network of the runtime
     #[arg(long, value_name = "MODE")]
@@ -104,7 +94,8 @@ impl SandboxArgs {
 /// A number of processors, whole or not.
 fn processors(text: &str) -> Result<f64, String> {
     let count: f64 = text.parse().map_err(|_| "write a number such as 2 or 0.5".to_owned())?;
-    if count.is_finite() && count >= VCPUS_MIN { Ok(count) } else { Err(format!("it must be {VCPUS_MIN} or more")) }
+    let min = VCPUS_RANGE.start();
+    if count.is_finite() && count >= *min { Ok(count) } else { Err(format!("it must be {min} or more")) }
 }
 
 #[cfg(test)]

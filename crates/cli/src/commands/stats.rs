@@ -1,14 +1,17 @@
 //! `stacyvm stats`: what sandboxes use right now.
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use clap::Args;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde::Serialize;
-use stacyvm_api::{ListQuery, SandboxId, SandboxState, SandboxStats};
-use stacyvm_client::Client;
+use serde_json::json;
+use stacyvm_api::{ErrorCode, ListQuery, SandboxId, SandboxState, SandboxStats};
+use stacyvm_client::{Client, ClientError};
 
 use crate::commands::Context;
+use crate::failure;
 use crate::output::{Output, bytes, print};
 
 /// Sandboxes asked at once.
@@ -24,7 +27,7 @@ const WATCH_PAUSE: Duration = Duration::from_secs(1);
   stacyvm stats sb-4f9k2m0x7c1v8b3n5q6w
   stacyvm stats --watch")]
 pub(crate) struct StatsArgs {
-    /// Sandboxes to show; all running ones without any
+    /// Sandboxes to show; all running ones without any, and those that fail are named
     ids: Vec<SandboxId>,
     /// Show them again every second, until Ctrl-C
     #[arg(long)]
@@ -38,35 +41,72 @@ struct Reading {
     stats: SandboxStats,
 }
 
+/// Sandboxes that were asked for what they use, and what came of it.
+struct Answers {
+    readings: Vec<Reading>,
+    failed: Vec<(SandboxId, ClientError)>,
+}
+
 pub(crate) async fn run(context: &Context, args: StatsArgs) -> anyhow::Result<()> {
     let client = context.client()?;
     loop {
-        let readings = read(&client, &args.ids).await?;
+        let Answers { readings, failed } = read(&client, &args.ids).await?;
         if args.watch && !context.output.is_json() {
             // Home and clear: the table stays where it is.
             print("\x1b[H\x1b[2J")?;
         }
-        context.output.show(&readings, |readings| table(context.output, readings))?;
+        if !readings.is_empty() || failed.is_empty() {
+            context.output.show(&readings, |readings| table(context.output, readings))?;
+        }
+        for (id, error) in &failed {
+            skipped(context.output, id, error);
+        }
         if !args.watch {
-            return Ok(());
+            let last = failed.into_iter().next_back().filter(|_| readings.is_empty());
+            return last
+                .map_or(Ok(()), |(_, error)| Err(anyhow::Error::from(error).context("no sandbox says what it uses")));
         }
         tokio::time::sleep(WATCH_PAUSE).await;
     }
 }
 
-async fn read(client: &Client, ids: &[SandboxId]) -> anyhow::Result<Vec<Reading>> {
+/// Who names sandboxes wants all of them; of all there are, one that does not
+/// answer hides no other.
+async fn read(client: &Client, ids: &[SandboxId]) -> anyhow::Result<Answers> {
     let one = |id: SandboxId| async move {
-        let stats = client.sandbox(id.clone()).stats().await?;
-        Ok(Reading { id, stats })
+        match client.sandbox(id.clone()).stats().await {
+            Ok(stats) => Ok(Reading { id, stats }),
+            Err(error) => Err((id, error)),
+        }
     };
     if !ids.is_empty() {
-        return stream::iter(ids.to_vec()).map(one).buffered(AT_ONCE).try_collect().await;
+        let readings = stream::iter(ids.to_vec()).map(one).buffered(AT_ONCE).map_err(|(_, error)| error);
+        return Ok(Answers { readings: readings.try_collect().await?, failed: Vec::new() });
     }
     let query = ListQuery { state: Some(SandboxState::Running), ..ListQuery::default() };
     let running = client.list_all(&query).await?.into_iter().map(|sandbox| sandbox.id);
-    let readings = stream::iter(running.map(one)).buffered(AT_ONCE);
-    // One that ended since the listing has nothing to show.
-    Ok(readings.filter_map(|reading: anyhow::Result<_>| std::future::ready(reading.ok())).collect().await)
+    let all: Vec<_> = stream::iter(running.map(one)).buffered(AT_ONCE).collect().await;
+    let mut answers = Answers { readings: Vec::new(), failed: Vec::new() };
+    for answer in all {
+        match answer {
+            Ok(reading) => answers.readings.push(reading),
+            // It ended since the listing, and has nothing to show.
+            Err((_, error)) if error.code() == Some(ErrorCode::NotFound) => {}
+            Err(failed) => answers.failed.push(failed),
+        }
+    }
+    Ok(answers)
+}
+
+/// On standard error, to people and to programs.
+fn skipped(output: Output, id: &SandboxId, error: &ClientError) {
+    let text = if output.is_json() {
+        let code = failure::client_code(error);
+        json!({ "skipped": { "id": id, "code": code, "message": error.to_string() } }).to_string()
+    } else {
+        format!("skipped {id}: {error}")
+    };
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 fn table(output: Output, readings: &[Reading]) -> String {

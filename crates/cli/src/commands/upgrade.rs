@@ -20,16 +20,6 @@ use crate::config::{self, Environment};
 use crate::output::took;
 use crate::private_file::Existing;
 
-/// What to do, once a rehearsal went well.
-const STEPS: [&str; 6] = [
-    "stacyvm db backup /var/backups/stacyvm-before-upgrade.db",
-    "stop the old server (systemctl stop stacyvm): sandboxes and their commands go on",
-    "put the new program in the place of the old one",
-    "start the new server (systemctl start stacyvm): it takes up what runs",
-    "stacyvm health && stacyvm smoke",
-    "to go back: stop, put the old program back, stacyvm db restore /var/backups/stacyvm-before-upgrade.db --yes, start",
-];
-
 /// Try an upgrade without doing it
 #[derive(Debug, Args)]
 pub(crate) struct UpgradeArgs {
@@ -71,15 +61,17 @@ pub(crate) async fn run(context: &Context, args: &UpgradeArgs) -> anyhow::Result
     let mut checks = config::lint(&loaded, Strictness::new(args.production));
     if loaded.is_ok() {
         let place = args.store.place()?;
+        args.store.refuse_missing(&place)?;
         checks.extend(rehearse(&place.file, args.backup_output.as_deref()).await?);
     }
     let went_well = checks.status() != Status::Fail;
-    let page = json!({ "status": checks.status(), "checks": checks, "steps": STEPS });
+    let steps = steps(&args.store);
+    let page = json!({ "status": checks.status(), "checks": checks, "steps": steps });
     context.output.show(&page, |_| {
         let mut text = checks.text(context.output);
         if went_well {
             text.push_str("\nTo upgrade:\n");
-            for (number, step) in STEPS.iter().enumerate() {
+            for (number, step) in steps.iter().enumerate() {
                 let _ = writeln!(text, "  {}. {step}", number + 1);
             }
         } else {
@@ -88,6 +80,20 @@ pub(crate) async fn run(context: &Context, args: &UpgradeArgs) -> anyhow::Result
         text
     })?;
     Ok(checks.exit_code())
+}
+
+/// What to do, once a rehearsal went well: for the same store as this one.
+fn steps(store: &StoreArgs) -> [String; 6] {
+    const COPY: &str = "/var/backups/stacyvm-before-upgrade.db";
+    let store = store.repeated();
+    [
+        format!("stacyvm db backup {COPY}{store}"),
+        "stop the old server (systemctl stop stacyvm): sandboxes and their commands go on".to_owned(),
+        "put the new program in the place of the old one".to_owned(),
+        "start the new server (systemctl start stacyvm): it takes up what runs".to_owned(),
+        "stacyvm health && stacyvm smoke".to_owned(),
+        format!("to go back: stop, put the old program back, stacyvm db restore {COPY} --yes{store}, start"),
+    ]
 }
 
 /// The store's part, on a copy.

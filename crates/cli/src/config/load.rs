@@ -3,19 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use stacyvm_providers::docker::{CapabilitySet, Endpoint, Network, Seccomp};
-use stacyvm_server::{ServerOptions, check_lists, check_preview_options};
-
-use crate::commands::serve::logging;
 use crate::config::acme;
+use crate::config::check::check;
 use crate::config::problem::{ConfigError, Problem};
 use crate::config::reserved::{Absence, RESERVED, Reserved};
-use crate::config::schema::{Config, Entry, Server, entries, find};
+use crate::config::schema::{Config, Entry, entries, find};
 use crate::config::setting::{Raw, Secret, Setting, Shape};
 use crate::config::settings::{Settings, Source};
-use crate::config::site;
 use crate::config::small_file::{MAX_KEY_FILE_BYTES, read_small_file};
 use crate::config::source::{Keys, MAX_FILE_BYTES, Placed, parse_file};
 
@@ -36,9 +31,6 @@ const OTHER_VARIABLES: [&str; 11] = [
     "STACYVM_SMOKE_URL",
     "STACYVM_URL",
 ];
-
-/// Every comparison asks every runtime and pings every sandbox.
-const MIN_RECONCILE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Names below this likeness are not worth a suggestion.
 const LIKENESS: f64 = 0.6;
@@ -353,135 +345,6 @@ fn resolve_key_files(config: &mut Config, settings: &mut Settings, problems: &mu
                 problems.push(Problem::new(format!("{key}_file"), format!("cannot read {}: {error}", path.display())));
             }
         }
-    }
-}
-
-/// What no single setting can say about itself.
-fn check(config: &Config, problems: &mut Vec<Problem>) {
-    let auth = &config.auth;
-    let has_key = auth.api_key.is_some() || auth.admin_api_key.is_some();
-    // Whether there are keys for `true` is known when the database is open.
-    if auth.enabled == Some(false) && has_key {
-        problems.push(
-            Problem::new("auth.enabled", "authentication is off, but a key is set").hint("take one of the two out"),
-        );
-    }
-    if config.rate_limit.cleanup_interval.is_zero() {
-        problems.push(Problem::new("rate_limit.cleanup_interval", "cannot be zero").hint("write 1m"));
-    }
-    if let Err(why) = logging::filter(&config.logging.level) {
-        problems.push(Problem::new("logging.level", why).hint(logging::FILTERS));
-    }
-    check_server(&config.server, problems);
-    check_docker(config, has_key || auth.enabled == Some(true), problems);
-    check_custom(config, problems);
-    let defaults = &config.defaults;
-    // What the engine takes at least (`check_enough` there).
-    if defaults.memory_mb < 16 {
-        problems.push(Problem::new("defaults.memory_mb", "a sandbox needs 16 at least").hint("write 512, for example"));
-    }
-    if defaults.vcpus < 0.01 {
-        problems.push(Problem::new("defaults.vcpus", "a sandbox needs 0.01 at least").hint("write 1, or 0.5"));
-    }
-    if defaults.pids_limit < 16 {
-        problems.push(Problem::new("defaults.pids_limit", "a sandbox needs 16 at least").hint("write 1024"));
-    }
-    if config.providers.reconcile_interval.get() < MIN_RECONCILE_INTERVAL {
-        problems.push(
-            Problem::new("providers.reconcile_interval", format!("is shorter than {MIN_RECONCILE_INTERVAL:?}"))
-                .hint("write 1m, for example"),
-        );
-    }
-    if defaults.ttl.is_zero() {
-        problems.push(Problem::new("defaults.ttl", "a sandbox of no time cannot be used").hint("write 30m"));
-    }
-    if !defaults.max_ttl.is_zero() && defaults.ttl > defaults.max_ttl {
-        problems
-            .push(Problem::new("defaults.ttl", "is longer than defaults.max_ttl").hint("lower it, or raise the other"));
-    }
-    if !defaults.max_exec_timeout.is_zero() && defaults.default_exec_timeout > defaults.max_exec_timeout {
-        problems.push(
-            Problem::new("defaults.default_exec_timeout", "is longer than defaults.max_exec_timeout")
-                .hint("lower it, or raise the other"),
-        );
-    }
-}
-
-fn check_docker(config: &Config, needs_key: bool, problems: &mut Vec<Problem>) {
-    let docker = &config.docker;
-    let in_use = docker.enabled || config.providers.default == "docker";
-    if in_use && docker.network_mode.trim() == "host" && !needs_key {
-        let message = "sandboxes would share this machine's network, and whoever can reach the server could use it";
-        problems.push(
-            Problem::new("providers.docker.network_mode", message)
-                .hint("set auth.api_key or auth.enabled, or another network: bridge, none, or one made with `docker network create`"),
-        );
-    }
-    if in_use {
-        let socket = Some(docker.socket.trim()).filter(|socket| !socket.is_empty());
-        let wrong = [
-            ("dropped_caps", CapabilitySet::parse(&docker.dropped_caps, &docker.added_caps).err()),
-            ("network_mode", Network::parse(&docker.network_mode).err()),
-            ("seccomp_profile", Seccomp::read(&docker.seccomp_profile).err()),
-            ("socket", socket.and_then(|socket| Endpoint::parse(socket, None).err())),
-        ];
-        let wrong = wrong.into_iter().filter_map(|(key, why)| Some((format!("providers.docker.{key}"), why?)));
-        problems.extend(wrong.map(|(key, why)| Problem::new(key, why)));
-    }
-    for path in docker.tmpfs.keys().filter(|path| !path.starts_with('/')) {
-        let message = format!("`{path}` is not an absolute path");
-        problems.push(Problem::new("providers.docker.tmpfs", message).hint("write `/cache: size=64m`, for example"));
-    }
-}
-
-fn check_custom(config: &Config, problems: &mut Vec<Problem>) {
-    let custom = &config.custom;
-    if matches!(custom.name.as_str(), "" | "auto" | "oci" | "mock" | "docker" | "firecracker" | "proot" | "e2b") {
-        problems.push(
-            Problem::new("providers.custom.name", "is the name of another provider")
-                .hint("choose another, such as edge"),
-        );
-    }
-    if custom.enabled && custom.base_url.trim().is_empty() {
-        problems.push(Problem::new("providers.custom.base_url", "is empty, but the provider is enabled").hint(
-            "write the backend's address, such as http://10.0.0.2:7425, or set STACYVM_PROVIDERS_CUSTOM_BASE_URL",
-        ));
-    }
-    if custom.timeout.is_zero() {
-        problems.push(Problem::new("providers.custom.timeout", "cannot be zero").hint("write 60s"));
-    }
-}
-
-fn check_server(server: &Server, problems: &mut Vec<Problem>) {
-    if let Err(error) = check_preview_options(&site::preview_options(server), server.port) {
-        problems.push(Problem::of(&error));
-    }
-    let lists = ServerOptions {
-        allowed_hosts: server.allowed_hosts.clone(),
-        cors_origins: server.cors_allowed_origins.clone(),
-        trusted_proxies: server.trusted_proxies.clone(),
-        ..ServerOptions::default()
-    };
-    if let Err(error) = check_lists(&lists) {
-        problems.push(Problem::of(&error));
-    }
-    if server.tls_cert_file.is_some() != server.tls_key_file.is_some() {
-        problems.push(
-            Problem::new("server.tls_cert_file", "a certificate and its key go together")
-                .hint("set both server.tls_cert_file and server.tls_key_file"),
-        );
-    }
-    let hosts = [&server.host].into_iter().chain(&server.allowed_hosts).chain(&server.cors_allowed_origins);
-    if let Some(shared) = site::shared(&server.preview_domain, hosts.map(String::as_str)) {
-        let message = format!(
-            "previews are of one site ({}) with `{}`: what runs in a sandbox could set that host's cookies and call it \
-             as its own pages do",
-            shared.site, shared.host
-        );
-        problems.push(
-            Problem::new("server.preview_domain", message)
-                .hint("use a domain of another name for previews, such as example-preview.com"),
-        );
     }
 }
 

@@ -7,6 +7,7 @@
 //! the nearest known one, a wrong type names key and line.
 
 mod acme;
+mod check;
 mod json_schema;
 mod lint;
 mod load;

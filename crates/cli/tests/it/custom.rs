@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use stacyvm_api::CreateRequest;
 
-use crate::support::{Server, Site, Terminal, create, in_repository};
+use crate::support::{Server, Site, Terminal, create, eventually, in_repository};
 
 const KEY: &str = "key-of-the-test";
 
@@ -21,8 +21,13 @@ struct Example {
 
 impl Example {
     fn start() -> Self {
+        Self::saying(Stdio::inherit())
+    }
+
+    /// With its standard error there.
+    fn saying(errors: Stdio) -> Self {
         let mut command = Command::new("python3");
-        command.arg(in_repository("examples/custom-backend.py")).arg("0").env("BACKEND_KEY", KEY);
+        command.arg(in_repository("examples/custom-backend.py")).arg("0").env("BACKEND_KEY", KEY).stderr(errors);
         let mut process = command.stdout(Stdio::piped()).spawn().expect("these tests need python3");
         let mut line = String::new();
         let out = process.stdout.take().expect("a pipe");
@@ -164,6 +169,27 @@ async fn what_a_provider_can_and_lacks_is_shown() {
         assert_eq!(shown[name], shown["health"][name], "{shown}");
         assert!(!shown[name].as_array().expect("a list").is_empty(), "{shown}");
     }
+}
+
+/// Clients that go away are ordinary: they are no traceback.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_example_says_nothing_of_who_hangs_up() {
+    let site = Site::new();
+    let errors = site.home().join("errors");
+    let example = Example::saying(std::fs::File::create(&errors).expect("a file").into());
+    let address = example.url.strip_prefix("http://").expect("an address");
+    let threads = || std::fs::read_dir(format!("/proc/{}/task", example.process.id())).expect("it runs").count();
+    for length in [0, 100] {
+        let mut stream = TcpStream::connect(address).expect("it listens");
+        let head = format!("POST /spawn HTTP/1.1\r\nX-API-Key: {KEY}\r\nContent-Length: {length}\r\n");
+        stream.write_all(head.as_bytes()).expect("written");
+        eventually("it is being read", async || (threads() > 1).then_some(())).await;
+        // Without a farewell: what it reads or writes next fails.
+        rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).expect("set");
+        drop(stream);
+        eventually("it is done with", async || (threads() == 1).then_some(())).await;
+    }
+    assert_eq!(std::fs::read_to_string(&errors).expect("readable"), "");
 }
 
 #[tokio::test(flavor = "multi_thread")]

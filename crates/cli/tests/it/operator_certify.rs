@@ -2,18 +2,19 @@
 //! works, and one thing broken at a time.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader, Lines};
 
 use crate::backend::{self, BackendProcess};
 use crate::docker::dockerd::Dockerd;
-use crate::support::{Ran, Server, Site, eventually, in_repository, run};
+use crate::support::{Ran, Server, Site, control_groups, eventually, in_repository, run};
 
 const KEY: &str = "key-of-the-test";
 
@@ -77,50 +78,121 @@ async fn oci_is_certified_with_evidence_that_verifies() {
         assert!(signoff[part].as_str().is_some_and(|word| word.starts_with("PASS (")), "{part}: {signoff:?}");
     }
 
-    for name in ["oci-conformance.json", "oci-conformance.txt", "oci-smoke.txt", "oci-server.log"] {
-        assert!(site.home().join("evidence").join(name).is_file(), "{name} is not beside the report");
+    for name in
+        ["conformance.json", "conformance.txt", "smoke.txt", "server.log"].map(|name| format!("oci.json-{name}"))
+    {
+        assert!(site.home().join("evidence").join(&name).is_file(), "{name} is not beside the report");
     }
     let verify = async || site.run(&["certify", "verify", "evidence/oci.json"]).await;
     verify().await.ok().says("as it was made");
-    fs::write(site.home().join("evidence/oci-smoke.txt"), "all is well").expect("written");
-    verify().await.failed(1).says("oci-smoke.txt was changed");
-    fs::remove_file(site.home().join("evidence/oci-smoke.txt")).expect("removed");
+    fs::write(site.home().join("evidence/oci.json-smoke.txt"), "all is well").expect("written");
+    verify().await.failed(1).says("oci.json-smoke.txt was changed");
+    fs::remove_file(site.home().join("evidence/oci.json-smoke.txt")).expect("removed");
     verify().await.failed(1).says("is missing");
     fs::write(site.home().join("evidence/oci.json"), text.replacen("WARN", "PASS", 1)).expect("written");
     verify().await.failed(1).says("it was changed");
 }
 
+/// A run with its contract suite under way.
+struct UnderWay {
+    site: Arc<Site>,
+    scratch: PathBuf,
+    process: tokio::process::Child,
+    said: Lines<BufReader<tokio::process::ChildStderr>>,
+}
+
+impl UnderWay {
+    async fn start() -> Self {
+        let site = Site::new();
+        let scratch = site.home().join("scratch");
+        fs::create_dir(&scratch).expect("made");
+        let mut command = site.program();
+        command.env_remove("STACYVM_DATA_DIR").env("TMPDIR", &scratch);
+        command.args(["certify", "oci", "--output", "evidence/oci.md", "--image-archive"]).arg(Site::archive());
+        let mut command = tokio::process::Command::from(command);
+        command.process_group(0).kill_on_drop(true).stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut process = command.spawn().expect("it starts");
+        let mut said = BufReader::new(process.stderr.take().expect("piped")).lines();
+        // The contract suite is next, with sandboxes.
+        while let Some(line) = said.next_line().await.expect("text") {
+            if line.contains("B6: ") {
+                break;
+            }
+        }
+        let run = Self { site, scratch, process, said };
+        let [home] = &run.made()[..] else { panic!("one directory: {:?}", run.made()) };
+        let sandboxes = home.join("data/oci/sandboxes");
+        eventually("the suite has a sandbox", async || fs::read_dir(&sandboxes).ok()?.next()).await.expect("an entry");
+        run
+    }
+
+    fn made(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.scratch).expect("readable");
+        entries.map(|entry| entry.expect("an entry").path()).collect()
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.process.id().expect("it runs")).expect("an id")).expect("an id")
+    }
+}
+
 /// Ctrl-C in a terminal, which every process of the group hears of.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_interrupted_run_has_made_is_gone() {
+    let mut run = UnderWay::start().await;
+    kill_process_group(run.pid(), Signal::INT).expect("told");
+    let mut rest = String::new();
+    run.said.get_mut().read_to_string(&mut rest).await.expect("text");
+    let status = run.process.wait().await.expect("it ends");
+    assert_eq!(status.code(), Some(1), "{rest}");
+    assert!(rest.contains("[FAIL] B7: ") && rest.contains("[PASS] B8: ") && rest.contains("interrupted"), "{rest}");
+    assert_eq!(run.made(), Vec::<PathBuf>::new(), "{rest}");
+    assert!(!run.site.home().join("evidence").exists(), "a part is no report");
+}
+
+/// Nobody is left to clean up but the server itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_run_has_made_is_gone() {
+    let mut run = UnderWay::start().await;
+    let groups = format!("stacyvm-certify-{}", run.pid().as_raw_nonzero());
+    assert!(!control_groups(&groups).is_empty(), "its sandboxes have groups");
+    run.process.kill().await.expect("killed");
+    nothing_is_left_in(&run.scratch).await;
+    assert_eq!(control_groups(&groups), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_contract_suite_has_made_is_gone() {
     let site = Site::new();
     let scratch = site.home().join("scratch");
     fs::create_dir(&scratch).expect("made");
     let mut command = site.program();
-    command.env_remove("STACYVM_DATA_DIR").env("TMPDIR", &scratch);
-    command.args(["certify", "oci", "--output", "evidence/oci.md", "--image-archive"]).arg(Site::archive());
-    let mut command = tokio::process::Command::from(command);
-    command.process_group(0).kill_on_drop(true).stdin(Stdio::null()).stderr(Stdio::piped());
-    let mut process = command.spawn().expect("it starts");
-    let mut said = BufReader::new(process.stderr.take().expect("piped")).lines();
-    // The contract suite is next, with sandboxes.
-    while let Some(line) = said.next_line().await.expect("text") {
-        if line.contains("B6: ") {
-            break;
-        }
-    }
-    let made: Vec<_> = fs::read_dir(&scratch).expect("readable").map(|entry| entry.expect("an entry").path()).collect();
-    let sandboxes = made[0].join("data/oci/sandboxes");
-    eventually("the suite has a sandbox", async || fs::read_dir(&sandboxes).ok()?.next()).await.expect("an entry");
-    let group = Pid::from_raw(i32::try_from(process.id().expect("it runs")).expect("an id")).expect("an id");
-    kill_process_group(group, Signal::INT).expect("told");
-    let mut rest = String::new();
-    said.into_inner().read_to_string(&mut rest).await.expect("text");
-    let status = process.wait().await.expect("it ends");
-    assert_eq!(status.code(), Some(1), "{rest}");
-    assert!(rest.contains("[FAIL] B7: ") && rest.contains("[PASS] B8: ") && rest.contains("interrupted"), "{rest}");
-    assert_eq!((made.len(), fs::read_dir(&scratch).expect("readable").count()), (1, 0), "{rest}");
-    assert!(!site.home().join("evidence").exists(), "a part is no report");
+    command.env_remove("STACYVM_DATA_DIR").env("TMPDIR", &scratch).stdin(Stdio::null()).stdout(Stdio::null());
+    let mut run = command.args(["conformance", "--provider", "oci", "--image", "host"]).spawn().expect("it starts");
+    let sandbox = async || {
+        let home = fs::read_dir(&scratch).ok()?.flatten().next()?.path();
+        fs::read_dir(home.join("oci/sandboxes")).ok()?.next()
+    };
+    eventually("it has a sandbox", sandbox).await.expect("an entry");
+    run.kill().expect("killed");
+    run.wait().expect("it ends");
+    nothing_is_left_in(&scratch).await;
+    assert_eq!(site.remains(), Vec::<String>::new());
+}
+
+/// No file, and no process that was told of the directory.
+async fn nothing_is_left_in(scratch: &Path) {
+    let path = scratch.as_os_str().as_bytes();
+    let knows = |entry: &fs::DirEntry| {
+        let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
+        environment.windows(path.len()).any(|part| part == path)
+    };
+    let is_left = async || {
+        let processes = fs::read_dir("/proc").expect("readable").flatten().filter(knows).count();
+        let files = fs::read_dir(scratch).expect("readable").count();
+        ((processes, files) == (0, 0)).then_some(())
+    };
+    eventually("nothing is left of what was killed", is_left).await;
 }
 
 /// What this version has no provider for: the host is looked at, the rest is
@@ -384,6 +456,17 @@ async fn one_thing_that_a_daemon_lacks_fails_its_rows() {
         let (lacks, found) = failed(target, "none").await;
         assert_eq!(lacks, rows, "{target}: {found:#}");
         assert!(fix(&found, "DK-H2").contains("start the daemon"), "{found:#}");
+    }
+}
+
+/// Before anything is looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_not_there_is_a_wrong_argument() {
+    let site = Site::new();
+    for option in ["--image-archive", "--test-result", "--stacyvm-bin", "--config"] {
+        let ran = certify(&site, &["oci", option, "missing"], &[]).await;
+        assert_eq!(ran.status(), Some(2), "{ran}");
+        ran.says(option).says("there is no file missing");
     }
 }
 

@@ -28,13 +28,14 @@ fn marked_configuration() -> (String, usize) {
 
 /// Keys that have to be as they should be: a server would not start, or the
 /// marked database would be another one.
-const LEFT_ALONE: [&str; 15] = [
+const LEFT_ALONE: [&str; 16] = [
     "data_dir",
     "path",
     "host",
     "level",
     "default",
     "network",
+    "image",
     "cgroup_parent",
     "run_dir",
     "api_key_file",

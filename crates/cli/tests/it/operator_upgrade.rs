@@ -75,6 +75,12 @@ async fn a_rehearsal_tries_a_copy_and_leaves_the_store_as_it_is() {
     assert_eq!(page["steps"].as_array().expect("steps").len(), 6);
     assert_eq!(files(&site), before);
     site.run(&["db", "check", "--database", &kept]).await.ok();
+    // What is to be done is for the store that was looked at.
+    let dir = site.data_dir().display().to_string();
+    let page: Value = rehearse(&site, &["--data-dir", &dir]).await.json();
+    let restore = format!("--yes --data-dir {dir}, start");
+    let steps: Vec<&str> = page["steps"].as_array().expect("steps").iter().filter_map(Value::as_str).collect();
+    assert!(steps[0].ends_with(&format!(".db --data-dir {dir}")) && steps[5].ends_with(&restore), "{steps:?}");
     let strict = rehearse(&site, &["--production"]).await;
     assert_eq!(
         (strict.status(), status(&crate::operator_upgrade::page(&strict), "auth.api_key")),
@@ -111,4 +117,10 @@ async fn a_first_start_needs_no_rehearsal() {
     let page: Value = rehearse(&site, &[]).await.json();
     assert_eq!(status(&page, "database.source"), "PASS");
     assert!(!site.data_dir().exists());
+    // Somebody who names a directory or a store means one that is there.
+    for (option, path, said) in
+        [("--data-dir", "typo", "there is no directory"), ("--database", "typo.db", "no store at")]
+    {
+        site.run(&["upgrade", "rehearse", option, path]).await.failed(1).says(said);
+    }
 }

@@ -372,13 +372,15 @@ async fn health_is_cached_and_readiness_needs_the_default_provider() {
     assert!(engine.readiness().await.ready);
 }
 
+/// What a call finds out is known at once, whenever the next check is due.
 #[tokio::test]
-async fn a_runtime_that_a_call_found_away_does_not_count_as_healthy_until_the_next_check_is_due() {
+async fn a_runtime_that_goes_away_and_comes_back_is_looked_at_out_of_turn() {
     let host = Host::new();
     let mut options = host.options();
     options.timing.create_timeout = Duration::from_millis(50);
     options.timing.health_timeout = Duration::from_millis(50);
     options.timing.health_interval = Duration::from_hours(1);
+    options.timing.health_retry_first = Duration::from_hours(1);
     let engine = host.engine_with(options).await;
     assert!(engine.providers()[0].healthy);
     host.mock.faults().inject(MockOperation::Create, Fault::Hang, Times::Once);
@@ -386,4 +388,21 @@ async fn a_runtime_that_a_call_found_away_does_not_count_as_healthy_until_the_ne
     let error = create_with(&engine, CreateRequest::default()).await.unwrap_err();
     assert_eq!(error.code(), ErrorCode::Unavailable);
     eventually("it counts as broken", || !engine.providers()[0].healthy).await;
+    host.mock.faults().clear(MockOperation::Check);
+    create(&engine).await;
+    eventually("it counts as well", || engine.providers()[0].healthy).await;
+}
+
+#[tokio::test]
+async fn a_runtime_that_is_away_is_looked_for_sooner_than_usual() {
+    let host = Host::new();
+    let mut options = host.options();
+    options.timing.health_timeout = Duration::from_millis(50);
+    options.timing.health_interval = Duration::from_hours(1);
+    options.timing.health_retry_first = Duration::from_millis(1);
+    host.mock.faults().inject(MockOperation::Check, Fault::Hang, Times::Always);
+    let engine = host.engine_with(options).await;
+    assert!(!engine.providers()[0].healthy);
+    host.mock.faults().clear(MockOperation::Check);
+    eventually("it counts as well", || engine.providers()[0].healthy).await;
 }

@@ -53,7 +53,7 @@ use tokio_util::task::TaskTracker;
 
 pub use capability::CapabilitySet;
 pub use endpoint::{ClientIdentity, Endpoint, TlsFiles};
-pub use options::{DockerOptions, Network, Seccomp};
+pub use options::{DockerOptions, Network, Seccomp, check_tmpfs};
 
 use channel::DockerChannel;
 use daemon::Daemon;

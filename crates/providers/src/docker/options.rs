@@ -9,6 +9,30 @@ use stacyvm_sandbox::ProviderDefaults;
 use super::capability::CapabilitySet;
 use super::endpoint::Endpoint;
 
+/// Words among the options of a mount in memory, as the daemon knows them.
+const TMPFS_WORDS: [&str; 20] = [
+    "defaults",
+    "ro",
+    "rw",
+    "suid",
+    "nosuid",
+    "dev",
+    "nodev",
+    "exec",
+    "noexec",
+    "sync",
+    "async",
+    "dirsync",
+    "atime",
+    "noatime",
+    "diratime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "nostrictatime",
+];
+
 /// A profile of system calls is a few kilobytes.
 const MAX_PROFILE_BYTES: u64 = 1 << 20;
 
@@ -56,6 +80,30 @@ impl DockerOptions {
             traefik_domain: None,
         }
     }
+}
+
+/// What no container could be started with, of the options of a mount in memory:
+/// the daemon knows the names, and the kernel their values (tmpfs(5)).
+pub fn check_tmpfs(options: &str) -> Result<(), String> {
+    let is_size = |text: &str| {
+        let digits = text.trim_end_matches(|last: char| "kmgtpe%".contains(last.to_ascii_lowercase()));
+        text.len() - digits.len() <= 1 && digits.parse::<u64>().is_ok()
+    };
+    for option in options.split(',').filter(|option| !option.is_empty()) {
+        let is_known = match option.split_once('=') {
+            None => TMPFS_WORDS.contains(&option),
+            Some(("size", size)) => is_size(size),
+            Some(("nr_inodes" | "nr_blocks", count)) => !count.ends_with('%') && is_size(count),
+            Some(("mode", mode)) => u32::from_str_radix(mode, 8).is_ok_and(|mode| mode <= 0o7777),
+            Some(("uid" | "gid", id)) => id.parse::<u32>().is_ok(),
+            Some(("mpol", policy)) => !policy.is_empty(),
+            Some(_) => false,
+        };
+        if !is_known {
+            return Err(format!("`{option}` is no option of a mount in memory"));
+        }
+    }
+    Ok(())
 }
 
 /// A network of the daemon.
@@ -154,6 +202,19 @@ mod tests {
         assert_eq!(Network::parse("host"), Ok(Network::Host));
         for text in ["container:abc", "-x", "a b", "a/b"] {
             assert!(Network::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn mounts_in_memory_have_options_that_a_kernel_takes() {
+        for text in
+            ["", "size=64m", "rw,noexec,size=1G,mode=1777", "size=50%,uid=1000,gid=0", "nr_inodes=10k,mpol=local"]
+        {
+            assert_eq!(check_tmpfs(text), Ok(()), "{text}");
+        }
+        for text in ["size=lots", "size=", "size=1mm", "nr_inodes=5%", "mode=999", "uid=me", "mpol=", "sise=1m", " rw"]
+        {
+            assert!(check_tmpfs(text).unwrap_err().contains(text), "{text}");
         }
     }
 

@@ -64,7 +64,7 @@ use state::OnDisk;
 const NAME: &str = "proot";
 
 /// The network that is the host's own.
-const SHARED_NETWORK: &str = "host";
+pub const SHARED_NETWORK: &str = "host";
 
 /// Sandboxes under PRoot.
 pub struct ProotProvider {

@@ -63,6 +63,17 @@ impl Domain {
 
     /// The preview that a host names.
     pub(crate) fn address(&self, host: &Authority) -> Option<Address> {
+        let (port, id) = self.parts(host)?;
+        Some(Address { id, port: port_number(&port)? })
+    }
+
+    /// Whether a host is a preview's in everything but its port.
+    pub(crate) fn is_mistaken_in_port(&self, host: &Authority) -> bool {
+        self.parts(host).is_some_and(|(port, _)| is_number(&port) && port_number(&port).is_none())
+    }
+
+    /// What a name below the domain says is the port, and the sandbox.
+    fn parts(&self, host: &Authority) -> Option<(String, SandboxId)> {
         // Nobody but an attacker writes a user in front.
         if host.as_str().contains('@') {
             return None;
@@ -76,7 +87,7 @@ impl Domain {
         }
         let label = label.to_ascii_lowercase();
         let (port, id) = label.split_once('-')?;
-        Some(Address { id: sandbox_id(id)?, port: port_number(port)? })
+        Some((port.to_owned(), sandbox_id(id)?))
     }
 }
 
@@ -131,9 +142,13 @@ fn sandbox_id(text: &str) -> Option<SandboxId> {
     if text.starts_with(ID_PREFIX) { text.parse().ok() } else { format!("{ID_PREFIX}{text}").parse().ok() }
 }
 
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
 /// Digits only and without leading zeros, so that a port has one name.
 fn port_number(text: &str) -> Option<u16> {
-    let plain = !text.starts_with('0') && text.bytes().all(|byte| byte.is_ascii_digit());
+    let plain = !text.starts_with('0') && is_number(text);
     text.parse().ok().filter(|_| plain)
 }
 
@@ -185,6 +200,23 @@ mod tests {
             "3000-sb-4f9k2m0x7c1v8b3n5q6w",
         ] {
             assert_eq!(at("localhost", host), None, "{host}");
+        }
+    }
+
+    #[test]
+    fn only_a_port_that_is_none_is_a_mistake() {
+        let mistaken = |host: &str| Domain::parse("localhost").unwrap().is_mistaken_in_port(&host.parse().unwrap());
+        for port in ["0", "080", "65536", "99999999999999999999"] {
+            assert!(mistaken(&format!("{port}-{ID}.localhost:7423")), "{port}");
+        }
+        for host in [
+            "3000-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "http-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "99999-sb-4f9k2m0x7c1v8b3n5q6w.evil.example",
+            "a.99999-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+            "user@99999-sb-4f9k2m0x7c1v8b3n5q6w.localhost",
+        ] {
+            assert!(!mistaken(host), "{host}");
         }
     }
 

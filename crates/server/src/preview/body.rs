@@ -17,6 +17,10 @@ use super::pool::Lease;
 /// long (RFC 9110 10.1.1 leaves the span to the client).
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(1);
 
+/// A guest whose head has come has this long to begin its body before the head
+/// goes on alone: what has come already is read in far less.
+const BEGIN_PATIENCE: Duration = Duration::from_millis(25);
+
 type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// How far a request's body has come.
@@ -131,6 +135,9 @@ impl Body for RequestBody {
 /// came on is free for the next request; dropped before, the connection closes.
 pub(super) struct GuestBody {
     incoming: Incoming,
+    /// Read ahead of the rest.
+    first: Option<Frame<Bytes>>,
+    ended: bool,
     lease: Option<Lease>,
     /// Ends a stream without an end when the server does.
     closing: Option<Waiting>,
@@ -138,9 +145,19 @@ pub(super) struct GuestBody {
 
 impl GuestBody {
     pub(super) fn new(incoming: Incoming, lease: Lease) -> Self {
-        let mut body = Self { incoming, lease: Some(lease), closing: None };
+        let mut body = Self { incoming, first: None, ended: false, lease: Some(lease), closing: None };
         body.release_at_end();
         body
+    }
+
+    /// Reads what has come of it already: while nothing was passed on, a body that
+    /// cannot be read has an answer of its own.
+    pub(super) async fn begin(&mut self) -> Result<(), hyper::Error> {
+        let frame = std::future::poll_fn(|context| Pin::new(&mut *self).poll_frame(context));
+        if let Ok(Some(frame)) = tokio::time::timeout(BEGIN_PATIENCE, frame).await {
+            self.first = Some(frame?);
+        }
+        Ok(())
     }
 
     /// For streams that nobody expects to end by themselves.
@@ -166,6 +183,12 @@ impl Body for GuestBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(Ok(first)));
+        }
+        if self.ended {
+            return Poll::Ready(None);
+        }
         if let Some(closing) = &mut self.closing
             && closing.as_mut().poll(context).is_ready()
         {
@@ -175,6 +198,7 @@ impl Body for GuestBody {
         let frame = ready!(Pin::new(&mut self.incoming).poll_frame(context));
         match &frame {
             None => {
+                self.ended = true;
                 if let Some(lease) = self.lease.take() {
                     lease.park();
                 }
@@ -186,10 +210,14 @@ impl Body for GuestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.is_end_stream()
+        self.first.is_none() && (self.ended || self.incoming.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
+        match (&self.first, self.ended) {
+            (Some(_), _) => SizeHint::new(),
+            (None, true) => SizeHint::with_exact(0),
+            (None, false) => self.incoming.size_hint(),
+        }
     }
 }

@@ -88,6 +88,28 @@ pub(super) fn for_guest(headers: &mut HeaderMap, origin: &Origin<'_>) {
     headers.append(header::VIA, HeaderValue::from_static(via));
 }
 
+/// How a guest's body says where it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Framing {
+    Chunked,
+    /// By a length, or by the end of the connection.
+    Plain,
+}
+
+/// The framing of an answer, or the first coding that would have to be undone:
+/// none was asked for (RFC 9112 7.4), and browsers know none.
+pub(super) fn framing(headers: &HeaderMap) -> Result<Framing, String> {
+    let mut framing = Framing::Plain;
+    for coding in words(headers, &header::TRANSFER_ENCODING) {
+        if coding.eq_ignore_ascii_case("chunked") {
+            framing = Framing::Chunked;
+        } else if !coding.eq_ignore_ascii_case("identity") && !coding.is_empty() {
+            return Err(coding.to_owned());
+        }
+    }
+    Ok(framing)
+}
+
 /// Makes a guest's answer one that a browser may see.
 pub(super) fn for_browser(headers: &mut HeaderMap, prefix: Option<&str>) {
     remove_hop_by_hop(headers);

@@ -46,7 +46,7 @@ use address::{PathForm, path_prefix};
 use body::{Consent, GuestBody, RequestBody};
 pub(crate) use exchange::dial_failure;
 use exchange::{Connections, Exchanged, Way, exchange};
-use headers::Origin;
+use headers::{Framing, Origin};
 use pool::{Lease, Pool};
 use token::Signer;
 pub(crate) use tunnel::relay;
@@ -255,6 +255,17 @@ pub(crate) async fn by_host(app: &App, named: Named<'_>, arrival: Arrival, reque
     serve(app, &Visit { address, host, arrival, name: Name::Host(domain) }, request).await
 }
 
+/// The refusal of a host that means a preview and names none. It is given only
+/// where the host is none of ours, and says why.
+pub(crate) fn misnamed(app: &App, request: &Request<Incoming>) -> Option<Response> {
+    let domain = app.previews.domain.as_ref()?;
+    let host = crate::edge::authority(request).filter(|host| domain.is_mistaken_in_port(host))?;
+    app.guard.check_host(Some(&host)).err()?;
+    let message = format!("`{host}` names no preview: its port is none, which is 1 to 65535 without zeros in front");
+    let hint = format!("previews are at names like 3000-sb-4f9k2m0x7c1v8b3n5q6w.{}", domain.name());
+    Some(page::failure(page::wants_page(request.headers()), ApiError::bad_request(message).hint(hint)))
+}
+
 /// A request on the listener where paths name previews. What it answers is
 /// never of one origin with anything.
 pub(crate) async fn by_path(app: &App, arrival: Arrival, mut request: Request<Incoming>) -> Response {
@@ -392,21 +403,33 @@ async fn forward(
     if exchanged.response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return switch(app, admitted, exchanged, wanted.as_ref(), upgrade);
     }
-    Ok(pass_back(app, visit, exchanged))
+    pass_back(app, visit, exchanged).await
 }
 
-fn pass_back(app: &App, visit: &Visit<'_>, exchanged: Exchanged) -> Response {
+async fn pass_back(app: &App, visit: &Visit<'_>, exchanged: Exchanged) -> Result<Response, ApiError> {
     let Exchanged { response, connection, progress } = exchanged;
+    let Address { id, port } = &visit.address;
+    let unreadable = |why: &str| {
+        ApiError::new(ErrorCode::BadGateway, format!("what listens on port {port} of sandbox {id} answered with {why}"))
+    };
+    let framing = headers::framing(response.headers()).map_err(|coding| {
+        unreadable(&format!("the transfer coding `{coding}`, which nobody asked for"))
+            .hint("use Content-Encoding for compressed content, and no other transfer coding than chunked")
+    })?;
     let (mut head, incoming) = response.into_parts();
     visit.show(&mut head.headers);
     head.version = Version::HTTP_11;
     head.extensions.clear();
     let lease = Lease::new(Arc::clone(&app.previews.pool), visit.address.clone(), connection, progress);
     let mut body = GuestBody::new(incoming, lease);
+    if framing == Framing::Chunked {
+        let begun = body.begin().await;
+        begun.map_err(|error| unreadable("a body whose chunks cannot be read").because(&error))?;
+    }
     if is_event_stream(&head.headers) {
         body = body.ends_with(&app.closing);
     }
-    Response::from_parts(head, Body::new(body))
+    Ok(Response::from_parts(head, Body::new(body)))
 }
 
 /// The guest takes up a protocol that was asked for.

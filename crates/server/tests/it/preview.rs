@@ -5,6 +5,7 @@ use futures_util::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::json;
+use stacyvm_server::ServerOptions;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -87,11 +88,29 @@ async fn every_way_of_writing_the_host_reaches_the_port_and_no_other_does() {
         let answer = preview.request("GET", "/").header("Host", &host).send().await;
         assert_eq!(answer.failure().0, 403, "{host}");
     }
+    for port in ["0", "08000", "99999"] {
+        let ask = || preview.request("GET", "/").header("Host", &format!("{port}-{}.localhost", preview.id));
+        let answer = ask().send().await;
+        assert_eq!(answer.failure(), (400, "BAD_REQUEST".to_owned()), "{port}");
+        assert!(answer.json()["hint"].as_str().unwrap().contains("3000-sb-"), "{answer:?}");
+        let page = ask().header("Accept", "text/html").send().await;
+        assert!(page.status == 400 && page.text().contains("<h1>") && page.text().contains("3000-sb-"), "{page:?}");
+    }
     let absolute = format!("GET http://3000-{}.localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n", preview.id);
     let mut two_hosts = preview.raw(&absolute).await;
     let mut line = String::new();
     within(two_hosts.read_line(&mut line)).await.unwrap();
     assert!(line.starts_with("HTTP/1.1 400"), "two names are none: {line}");
+}
+
+/// What the operator named as this server's own is that, whatever it looks like.
+#[tokio::test]
+async fn a_host_of_our_own_is_no_mistaken_preview() {
+    let options = ServerOptions { allowed_hosts: vec!["*.localhost".to_owned()], ..previews() };
+    let preview = Preview::with_options(&Guest::echoing().await, options).await;
+    let host = format!("99999-{}.localhost", preview.id);
+    let answer = preview.request("GET", "/api/v1/live").header("Host", &host).send().await;
+    assert_eq!((answer.status, answer.json()["status"].as_str()), (200, Some("alive")), "{answer:?}");
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use stacyvm_engine::Caller;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::guest::{Guest, PORT, Preview};
-use crate::support::{BASE, Fixture, within};
+use crate::support::{BASE, Fixture, eventually, within};
 
 #[tokio::test]
 async fn guests_set_cookies_for_their_own_host_only() {
@@ -29,6 +29,8 @@ async fn answers_that_two_readers_would_read_differently_do_not_pass() {
     let chunked = "4\r\nbody\r\n0\r\n\r\n";
     for (head, passes) in [
         ("Content-Length: 3\r\nTransfer-Encoding: chunked", true),
+        ("Transfer-Encoding: gzip, chunked", false),
+        ("Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked", false),
         ("Content-Length: 4\r\nContent-Length: 5", false),
         ("Content-Length: 4, 5", false),
         ("Content-Length: -4", false),
@@ -43,6 +45,24 @@ async fn answers_that_two_readers_would_read_differently_do_not_pass() {
         } else {
             assert_eq!(answer.failure(), (502, "BAD_GATEWAY".to_owned()), "{head}");
         }
+    }
+}
+
+/// As long as nothing was passed on, there is an answer for it.
+#[tokio::test]
+async fn a_body_that_cannot_be_read_is_said_so() {
+    for body in ["nonsense\r\n", "-4\r\nbody\r\n0\r\n\r\n", "fffffffffffffffff\r\nbody", "\r\n"] {
+        let answer = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{body}");
+        let preview = Preview::of(&Guest::answering(answer).await).await;
+        // On a machine that is busy the head may go on alone, and is cut off then.
+        let said = eventually("an answer that says so", async || {
+            let mut socket = preview.raw("GET / HTTP/1.1\r\nHost: $HOST\r\nConnection: close\r\n\r\n").await;
+            let mut said = String::new();
+            within(socket.read_to_string(&mut said)).await.ok();
+            said.starts_with("HTTP/1.1 502 ").then_some(said)
+        })
+        .await;
+        assert!(said.contains("BAD_GATEWAY") && said.contains("chunks cannot be read"), "{body:?}: {said}");
     }
 }
 

@@ -172,15 +172,18 @@ async fn files_that_hold_no_certificate_are_refused_at_start() {
     let engine = Engine::start(engine, vec![Arc::new(MockProvider::new("mock"))]).await.unwrap();
     let empty = directory.path().join("empty");
     std::fs::write(&empty, "").unwrap();
-    for (certificate, key) in [
-        (directory.path().join("missing"), directory.path().join("key.pem")),
-        (empty, directory.path().join("key.pem")),
-        (directory.path().join("cert.pem"), directory.path().join("cert.pem")),
-        (directory.path().join("cert.pem"), other.path().join("key.pem")),
+    for (certificate, key, why) in [
+        (directory.path().join("missing"), directory.path().join("key.pem"), "cannot read"),
+        (empty, directory.path().join("key.pem"), "holds no certificate"),
+        (directory.path().join("cert.pem"), directory.path().join("cert.pem"), "holds no private key"),
+        (directory.path().join("cert.pem"), other.path().join("key.pem"), "KeyMismatch"),
     ] {
         let tls = Some(TlsOptions::Files(TlsFiles { certificate, key }));
         let options = ServerOptions { port: 0, tls: tls.clone(), ..ServerOptions::default() };
         let refused = Server::bind(options, engine.clone()).await.err();
-        assert!(matches!(refused, Some(ServerError::Tls(_))), "{tls:?}: {refused:?}");
+        assert!(
+            matches!(&refused, Some(ServerError::Tls(said)) if said.to_string().contains(why)),
+            "{tls:?}: {refused:?}"
+        );
     }
 }

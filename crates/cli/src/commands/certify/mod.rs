@@ -63,16 +63,16 @@ pub(crate) struct CertifyArgs {
     #[arg(long, value_name = "KEY", requires = "stacyvm_url")]
     stacyvm_api_key: Option<String>,
     /// Program whose server is started, instead of this one
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = existing)]
     stacyvm_bin: Option<PathBuf>,
     /// Configuration file of the server
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = existing)]
     config: Option<PathBuf>,
     /// Image to make sandboxes from; alpine:latest unless given, and for proot its own root, `rootfs`
     #[arg(long)]
     image: Option<String>,
     /// Archive to import that image from, where no registry can be reached
-    #[arg(long, value_name = "FILE", conflicts_with = "stacyvm_url")]
+    #[arg(long, value_name = "FILE", conflicts_with = "stacyvm_url", value_parser = existing)]
     image_archive: Option<PathBuf>,
     /// Sandboxes to start in order to measure: 1 to 1000
     #[arg(long, value_name = "COUNT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -84,7 +84,7 @@ pub(crate) struct CertifyArgs {
     #[arg(long, value_name = "MIB")]
     slo_mem_overhead: Option<u64>,
     /// What `make test` wrote: target/test-result.json
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = existing)]
     test_result: Option<PathBuf>,
     /// Command that restarts the server at --stacyvm-url
     #[arg(long, value_name = "COMMAND", requires = "stacyvm_url")]
@@ -94,6 +94,16 @@ pub(crate) struct CertifyArgs {
 #[derive(Debug, Subcommand)]
 enum CertifyCommand {
     Verify(verify::VerifyArgs),
+}
+
+/// A path that is there: a run takes long, and its report is no place for a
+/// slip of the fingers.
+fn existing(text: &str) -> Result<PathBuf, String> {
+    match std::fs::metadata(text) {
+        Ok(_) => Ok(PathBuf::from(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(format!("there is no file {text}")),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// One target, or all of them.
@@ -213,11 +223,11 @@ fn host_check(check: Check) -> HostCheck {
     HostCheck { name: check.name, status, message: check.message, fix: check.fix }
 }
 
-/// What files beside a report begin with: those of another report in the same
-/// directory stay what they are.
+/// What files beside a report begin with, its whole name: those of another
+/// report in the same directory, `oci.json` beside `oci.md`, stay what they are.
 fn name_of(output: Option<&Path>, target: Target) -> String {
-    let stem = output.and_then(Path::file_stem).map(|stem| stem.to_string_lossy().into_owned());
-    stem.unwrap_or_else(|| target.to_string())
+    let name = output.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| target.to_string())
 }
 
 /// `certification.md` of docker is `docker-certification.md`.
@@ -263,7 +273,7 @@ mod tests {
     #[test]
     fn files_beside_a_report_have_its_name() {
         let name = |path: &str| name_of(Some(Path::new(path)), Target::Oci);
-        assert_eq!((name("a/may.md"), name("a/june.md")), ("may".to_owned(), "june".to_owned()));
+        assert_eq!((name("a/oci.md"), name("a/oci.json")), ("oci.md".to_owned(), "oci.json".to_owned()));
         assert_eq!(name_of(None, Target::Oci), "oci");
     }
 

@@ -26,7 +26,8 @@ use place::Place;
 ///
 /// One side is `ID:/path`. A directory is copied with all that is in it; into
 /// a directory that exists, unless the source ends in `/.`, which means what is
-/// inside. `-` is standard input or output. Devices and sockets stay behind.
+/// inside. `-` is standard input or output. Devices and sockets stay behind; out
+/// of a sandbox files lose set-ID bits, and hard links become files of their own.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   stacyvm cp main.py sb-4f9k2m0x7c1v8b3n5q6w:/workspace/
@@ -179,9 +180,11 @@ impl Copy {
             .await
             .with_context(cannot)?;
         file.flush().await.with_context(cannot)?;
-        let mode = u32::from_str_radix(&info.mode, 8).unwrap_or(0o644) & 0o777;
-        std::fs::set_permissions(scratch.path(), std::fs::Permissions::from_mode(mode)).with_context(cannot)?;
+        let asked = u32::from_str_radix(&info.mode, 8).unwrap_or(0o644);
+        let permissions = std::fs::Permissions::from_mode(asked & unpack::PERMISSION_BITS);
+        std::fs::set_permissions(scratch.path(), permissions).with_context(cannot)?;
         scratch.persist(&target).map_err(|error| error.error).with_context(cannot)?;
+        self.note_plainer(u64::from(asked & unpack::SPECIAL_BITS != 0));
         Ok(bar.position())
     }
 
@@ -197,7 +200,14 @@ impl Copy {
         if unpacked.skipped > 0 {
             self.output.note(&format!("note: left out {} devices, pipes or sockets", unpacked.skipped));
         }
+        self.note_plainer(unpacked.plainer);
         Ok(bar.position())
+    }
+
+    fn note_plainer(&self, count: u64) {
+        if count > 0 {
+            self.output.note(&format!("note: left out the set-ID and sticky bits of {count} files or directories"));
+        }
     }
 
     async fn across(

@@ -22,13 +22,19 @@ pub(super) const BUFFER_BYTES: usize = 256 * 1024;
 /// Links and directories that are remembered until the end.
 const MAX_DEFERRED: usize = 1_000_000;
 
-const PERMISSION_BITS: u32 = 0o777;
+pub(super) const PERMISSION_BITS: u32 = 0o777;
+
+/// Set-user-id, set-group-id and sticky, which the host's own files would have
+/// for somebody in the sandbox.
+pub(super) const SPECIAL_BITS: u32 = 0o7000;
 
 /// What became of a stream.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Unpacked {
     /// Devices, pipes and sockets, which are not copied.
     pub(super) skipped: u64,
+    /// What is here without its special bits.
+    pub(super) plainer: u64,
 }
 
 pub(super) async fn unpack<R: AsyncRead + Unpin>(source: R, target: &Path) -> anyhow::Result<Unpacked> {
@@ -56,8 +62,13 @@ impl Unpacking<'_> {
         let name = entry.path().context("read a name of the archive")?.into_owned();
         let path = self.inside(&name)?;
         let cannot = || format!("cannot write {}", path.display());
-        let mode = entry.header().mode().unwrap_or(0o644) & PERMISSION_BITS;
-        match entry.header().entry_type() {
+        let asked = entry.header().mode().unwrap_or(0o644);
+        let mode = asked & PERMISSION_BITS;
+        let kind = entry.header().entry_type();
+        if asked & SPECIAL_BITS != 0 && (kind.is_file() || kind.is_dir()) {
+            self.done.plainer += 1;
+        }
+        match kind {
             EntryType::Directory => {
                 std::fs::create_dir_all(&path).with_context(cannot)?;
                 self.defer_check()?;
@@ -177,7 +188,7 @@ mod tests {
         let tree = fixture(dir.path());
         let (stream, packing) = pack::stream(tree.clone());
         let copy = dir.path().join("new/copy");
-        assert_eq!(unpack(stream, &copy).await.unwrap(), Unpacked { skipped: 0 });
+        assert_eq!(unpack(stream, &copy).await.unwrap(), Unpacked::default());
         packing.await.unwrap().unwrap();
         assert_eq!(std::fs::read(copy.join("odd \u{fc}\nname")).unwrap(), b"\0\xff");
         assert_eq!(copy.join("a/run.sh").metadata().unwrap().permissions().mode() & 0o7777, 0o755);
@@ -215,7 +226,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let entries = [("dev", EntryType::Char, ""), ("pipe", EntryType::Fifo, ""), ("bin", EntryType::Regular, "x")];
         let unpacked = unpack(&archive(&entries).await[..], dir.path()).await.unwrap();
-        assert_eq!(unpacked.skipped, 2);
+        assert_eq!(unpacked, Unpacked { skipped: 2, plainer: 1 });
         assert_eq!(dir.path().join("bin").metadata().unwrap().permissions().mode() & 0o7777, 0o755);
         assert!(!dir.path().join("dev").exists() && !dir.path().join("pipe").exists());
     }

@@ -105,6 +105,25 @@ impl StoreArgs {
         };
         Ok(Place { file: StoreFile::new(file), owner, config: loaded.config })
     }
+
+    /// The options as they were given, for another line with the same store.
+    pub(crate) fn repeated(&self) -> String {
+        let all = [("config", &self.config), ("data-dir", &self.data_dir), ("database", &self.database)];
+        let given = all.into_iter().filter_map(|(name, path)| Some((name, path.as_ref()?)));
+        let options = given.map(|(name, path)| format!(" --{name} {}", shell_word(&path.display().to_string())));
+        options.collect::<Vec<_>>().concat()
+    }
+
+    /// What was named has to be there; only what nobody named may yet be made.
+    pub(crate) fn refuse_missing(&self, place: &Place) -> anyhow::Result<()> {
+        if self.database.is_some() {
+            place.existing()?;
+        }
+        if self.data_dir.is_some() {
+            place.refuse_missing_directory()?;
+        }
+        Ok(())
+    }
 }
 
 impl Place {
@@ -151,6 +170,16 @@ impl Place {
         };
         let lock = DataDirLock::take(directory).context("the store cannot be changed while a server uses it")?;
         Ok(Some(lock))
+    }
+}
+
+/// The text as one word of a shell.
+fn shell_word(text: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-+=:,@%".contains(&byte);
+    if !text.is_empty() && text.bytes().all(is_plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
     }
 }
 
@@ -219,6 +248,13 @@ pub(crate) async fn refuse_damaged(file: &StoreFile) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_is_one_word_of_a_shell() {
+        for (text, word) in [("/a/b-1.yaml", "/a/b-1.yaml"), ("a b", "'a b'"), ("it's", r"'it'\''s'"), ("", "''")] {
+            assert_eq!(shell_word(text), word);
+        }
+    }
 
     #[test]
     fn copies_are_named_after_what_they_precede_and_when() {

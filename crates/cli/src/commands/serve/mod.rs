@@ -15,7 +15,7 @@ mod options;
 mod port;
 mod providers;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -25,12 +25,14 @@ use stacyvm_engine::{Caller, Engine};
 use stacyvm_providers::proot::Permission;
 use stacyvm_server::{Server, ServerError};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use crate::commands::Context;
 use crate::commands::settings::SettingArgs;
 use crate::config::{Config, Environment};
 use crate::data_dir::{self, DataDirLock};
 use crate::failure::Advice;
+use crate::lifeline;
 use crate::output::{self, Output};
 pub(crate) use options::{database, image_store};
 pub(crate) use port::owner as port_owner;
@@ -61,6 +63,13 @@ pub(crate) struct ServeArgs {
     /// Destroy every sandbox when the server ends
     #[arg(long)]
     destroy_on_exit: bool,
+    /// End, and destroy every sandbox, when standard input is closed: whoever
+    /// started this server for itself is gone
+    #[arg(long = lifeline::OPTION, hide = true)]
+    end_with_stdin: bool,
+    /// Remove this directory after such an end (repeatable)
+    #[arg(long, hide = true, value_name = "DIR", requires = "end_with_stdin")]
+    then_remove: Vec<PathBuf>,
 }
 
 /// What happens to sandboxes when the server ends.
@@ -85,9 +94,15 @@ pub(crate) async fn run(context: &Context, args: ServeArgs) -> anyhow::Result<()
     raise_open_files();
 
     let data_dir = data_dir::resolve(config.top.data_dir.as_deref(), environment.home.as_deref())?;
-    run_in(context, &config, &data_dir, &environment, at_exit)
-        .await
-        .map_err(|error| data_dir::explain_full_disk(error, &data_dir))
+    let starter_gone = CancellationToken::new();
+    if args.end_with_stdin {
+        lifeline::watch(starter_gone.clone());
+    }
+    let done = run_in(context, &config, &data_dir, &environment, &starter_gone, at_exit).await;
+    if starter_gone.is_cancelled() {
+        remove(&args.then_remove);
+    }
+    done.map_err(|error| data_dir::explain_full_disk(error, &data_dir))
 }
 
 /// The server's life in its data directory.
@@ -96,6 +111,7 @@ async fn run_in(
     config: &Config,
     data_dir: &Path,
     environment: &Environment,
+    starter_gone: &CancellationToken,
     at_exit: AtExit,
 ) -> anyhow::Result<()> {
     data_dir::create(data_dir)?;
@@ -118,23 +134,30 @@ async fn run_in(
     };
     let answered = async {
         let server = bind(config, data_dir, environment, &engine).await?;
-        answer(context.output, server, &engine, &chosen, &mut signals).await
+        let end = async {
+            tokio::select! {
+                () = signals.first() => {}
+                () = starter_gone.cancelled() => tracing::info!("ending: whoever started this server is gone"),
+            }
+        };
+        answer(context.output, server, &engine, &chosen, end).await
     }
     .await;
     if answered.is_ok() {
+        let at_exit = if starter_gone.is_cancelled() { AtExit::Destroy } else { at_exit };
         leave(context.output, &engine, at_exit, &mut signals).await;
     }
     engine.shutdown().await;
     answered
 }
 
-/// Answers until a signal comes.
+/// Answers until `end`.
 async fn answer(
     output: Output,
     server: Server,
     engine: &Engine,
     chosen: &Chosen,
-    signals: &mut Signals,
+    end: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
     if server.demands_key() {
         chosen.permit(engine).await;
@@ -150,7 +173,7 @@ async fn answer(
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        () = server.serve(signals.first()) => {}
+        () = server.serve(end) => {}
         () = first_key => {}
     }
     Ok(())
@@ -228,6 +251,14 @@ async fn still_running(engine: &Engine) -> usize {
     match engine.list(&Caller::default(), &ListQuery::default()).await {
         Ok(page) => page.items.iter().filter(|sandbox| sandbox.state != SandboxState::Error).count(),
         Err(_) => 0,
+    }
+}
+
+fn remove(directories: &[PathBuf]) {
+    for directory in directories {
+        if let Err(error) = std::fs::remove_dir_all(directory) {
+            tracing::warn!(directory = %directory.display(), %error, "what a server kept for its starter stays");
+        }
     }
 }
 

@@ -312,11 +312,61 @@ fn what_a_part_of_the_server_refuses_is_a_failure_of_its_key() {
         ("providers.docker.network_mode", "providers: {docker: {enabled: true, network_mode: 'container:x'}}"),
         ("providers.docker.seccomp_profile", "providers: {default: docker, docker: {seccomp_profile: /none}}"),
         ("providers.docker.socket", "providers: {default: docker, docker: {socket: 'ftp://x'}}"),
+        ("providers.docker.tmpfs", "providers: {docker: {tmpfs: {/cache: size=lots}}}"),
+        ("providers.docker.memory", "providers: {docker: {enabled: true, memory: 8m}}"),
+        ("providers.docker.cpus", "providers: {docker: {enabled: true, cpus: 9000}}"),
+        ("providers.docker.default_image", "providers: {docker: {enabled: true, default_image: UPPER}}"),
+        ("defaults.image", "defaults: {image: 'A B'}"),
+        ("defaults.image", "defaults: {image: UPPER}"),
+        ("defaults.image", "defaults: {image: 'A B'}\nproviders: {custom: {enabled: true, base_url: 'http://a'}}"),
+        ("defaults.network", "defaults: {network: foo}"),
+        ("defaults.network", "defaults: {network: foo}\nproviders: {docker: {network_mode: foo}}"),
+        ("defaults.network", "defaults: {network: host}\nproviders: {proot: {enabled: false}}"),
+        ("defaults.memory_mb", "defaults: {memory_mb: 15}"),
+        ("defaults.memory_mb", "defaults: {memory_mb: 16777217}"),
+        ("defaults.vcpus", "defaults: {vcpus: 0.001}"),
+        ("defaults.vcpus", "defaults: {vcpus: 8193}"),
+        ("defaults.pids_limit", "defaults: {pids_limit: 4194305}"),
+        ("defaults.disk_size_mb", "defaults: {disk_size_mb: 4294967297}"),
     ] {
         let checks = judge(yaml, Strictness::Development);
         let found = checks.0.iter().find(|check| check.status == Status::Fail);
         assert_eq!(found.and_then(|check| check.place.as_deref()), Some(key), "{yaml}: {checks:#?}");
     }
-    let unused = judge("providers: {docker: {socket: 'ftp://x'}}", Strictness::Development);
-    assert_ne!(unused.status(), Status::Fail, "nobody uses it: {unused:#?}");
+    for well in [
+        "providers: {docker: {socket: 'ftp://x'}}",
+        "defaults: {image: rootfs, network: none, memory_mb: 16, vcpus: 8192, disk_size_mb: 0}",
+        "defaults: {network: foo}\nproviders: {docker: {enabled: true, network_mode: foo}}",
+        "defaults: {network: host}\nproviders: {proot: {enabled: true}}",
+        "defaults: {image: Base}\nproviders: {custom: {enabled: true, base_url: 'http://a'}}",
+    ] {
+        let checks = judge(well, Strictness::Development);
+        assert_ne!(checks.status(), Status::Fail, "{well}: {checks:#?}");
+    }
+}
+
+#[test]
+fn files_of_a_certificate_hold_one_and_its_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(at("certificate"), "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+    std::fs::write(at("text"), "no PEM\n").unwrap();
+    for (certificate, key, expected) in [
+        ("text", "text", Some(("server.tls_cert_file", "holds no certificate"))),
+        ("certificate", "text", Some(("server.tls_key_file", "holds no private key"))),
+        ("certificate", "certificate", Some(("server.tls_key_file", "holds no private key"))),
+        ("certificate", "", Some(("server.tls_key_file", "no regular file"))),
+        // It may be where the server runs.
+        ("certificate", "missing", None),
+    ] {
+        let yaml = format!("server: {{tls_cert_file: {}, tls_key_file: {}}}", at(certificate), at(key));
+        let checks = judge(&yaml, Strictness::Development);
+        let failed = checks.0.iter().find(|check| check.status == Status::Fail);
+        let found = failed.map(|check| (check.place.as_deref().unwrap_or_default(), check.message.as_str()));
+        let as_expected = match (found, expected) {
+            (Some((place, message)), Some((key, why))) => place == key && message.contains(why),
+            (found, expected) => found.is_none() && expected.is_none(),
+        };
+        assert!(as_expected, "{certificate} and {key}: {checks:#?}");
+    }
 }

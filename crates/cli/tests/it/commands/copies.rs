@@ -38,6 +38,11 @@ async fn files_go_in_and_come_out_as_they_were() {
     let piped = fixture.server.run_with_input(&["cp", "-", &inside("/workspace/piped")], b"typed").await;
     piped.ok();
     assert_eq!(cp(&inside("/workspace/piped"), "-").await.ok().stdout(), "typed");
+    output(&fixture.sandbox, "mkdir special; touch special/file; chmod 4711 special/file; chmod 1777 special").await;
+    let left_out = |count: u8| format!("left out the set-ID and sticky bits of {count} files");
+    cp(&inside("/workspace/special/file"), &here("plain")).await.ok().says(&left_out(1));
+    assert_eq!(fs::metadata(here("plain")).expect("copied").permissions().mode() & 0o7777, 0o711);
+    cp(&inside("/workspace"), &here("all")).await.ok().says(&left_out(2));
     // A copy that cannot be made leaves what was there.
     let missing = cp(&inside("/workspace/missing"), &here("back")).await;
     assert_eq!(missing.status(), Some(1), "{missing}");

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use stacyvm_api::{ErrorCode, ListQuery, SandboxId, SandboxState};
+use serde_json::Value;
+use stacyvm_api::{CreateRequest, ErrorCode, ListQuery, SandboxId, SandboxState};
 use stacyvm_client::SandboxClient;
 
 use super::dockerd::Dockerd;
@@ -12,7 +13,7 @@ use crate::support::{Server, Site, create, eventually, eventually_equal, output,
 #[tokio::test(flavor = "multi_thread")]
 async fn sandboxes_are_unavailable_without_their_daemon_and_recover_with_it() {
     let (daemon, near, far) = (Dockerd::start(), Site::new(), Site::new());
-    let direct = start(&near, &daemon, &[]).await;
+    let direct = start(&near, &daemon, &[("STACYVM_PROVIDERS_MOCK_ENABLED", "true")]).await;
     // Every byte of this one goes through the daemon.
     let remote = Server::start_with(&far, |serve| {
         serve.env("DOCKER_HOST", format!("tcp://127.0.0.1:{}", daemon.port())).env("DOCKER_TLS_VERIFY", "1");
@@ -47,6 +48,16 @@ async fn sandboxes_are_unavailable_without_their_daemon_and_recover_with_it() {
     // An agent on this machine needs no daemon.
     assert_eq!(output(&reached, "cat file").await, "kept");
     assert_eq!(reached.get().await.expect("its record").state, SandboxState::Running);
+    // What it uses only the daemon knows; that hides no other, and is said.
+    let skipped = format!("skipped {}: ", reached.id());
+    direct.run(&["stats"]).await.failed(1).says(&skipped).says("no sandbox says what it uses");
+    let elsewhere = CreateRequest { provider: Some("mock".to_owned()), ..CreateRequest::default() };
+    let elsewhere = create(&direct.client(), &elsewhere).await;
+    let shown = direct.run(&["stats"]).await.ok().says(&skipped);
+    assert!(shown.stdout().contains(elsewhere.id().as_str()), "{shown}");
+    let shown = direct.run(&["stats", "--json"]).await.ok();
+    let named: Value = serde_json::from_str(shown.stderr()).unwrap_or_else(|error| panic!("{error}: {shown}"));
+    assert_eq!(named["skipped"]["id"], reached.id().as_str(), "{shown}");
 
     daemon.restart();
     eventually("what was ordered is done", async || doomed.get().await.is_err().then_some(())).await;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 pub(crate) use program::{Ran, run};
 pub(crate) use registry::Registry;
 pub(crate) use server::{Server, create, output, script, sh, small};
-pub(crate) use site::{Site, make_image, pid_of};
+pub(crate) use site::{Site, control_groups, make_image, pid_of};
 pub(crate) use terminal::Terminal;
 pub(crate) use wait::{PATIENCE, eventually, eventually_equal, within};
 

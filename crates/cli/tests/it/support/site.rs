@@ -163,14 +163,8 @@ impl Site {
         ours.map(|claim| (claim.file_name().to_string_lossy().into_owned(), claim.path())).collect()
     }
 
-    /// Our groups in all hierarchies, the innermost first.
     fn groups(&self) -> Vec<PathBuf> {
-        let mut groups = Vec::new();
-        let hierarchies = fs::read_dir(CGROUP_ROOT).into_iter().flatten().flatten().map(|entry| entry.path());
-        for hierarchy in hierarchies.chain([PathBuf::from(CGROUP_ROOT)]) {
-            collect_below(&hierarchy.join(&self.cgroup_parent), &mut groups);
-        }
-        groups
+        control_groups(&self.cgroup_parent)
     }
 
     fn members(&self) -> BTreeSet<i32> {
@@ -224,6 +218,16 @@ impl Drop for Site {
             assert!(remains.is_empty(), "a server that destroyed everything left: {remains:#?}");
         }
     }
+}
+
+/// A group and those below it in all hierarchies, the innermost first.
+pub(crate) fn control_groups(name: &str) -> Vec<PathBuf> {
+    let mut groups = Vec::new();
+    let hierarchies = fs::read_dir(CGROUP_ROOT).into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in hierarchies.chain([PathBuf::from(CGROUP_ROOT)]) {
+        collect_below(&hierarchy.join(name), &mut groups);
+    }
+    groups
 }
 
 fn collect_below(group: &Path, groups: &mut Vec<PathBuf>) {
