@@ -37,7 +37,7 @@ groups="$(echo /sys/fs/cgroup/stacyvm/*/"$id")"
 limits() { cat "$groups/memory.max" "$groups/pids.max" "$groups/cpu.max" | tr '\n' ' '; }
 expected="134217728 1024 100000 100000 "
 check "limits are set" "$expected" "$(limits)"
-stacyvm exec "$id" -- sh -c 'nohup sh -c "sleep 5; echo survived >/tmp/mark" >/dev/null 2>&1 &'
+stacyvm exec "$id" -- sh -c '(sleep 5; echo survived >/tmp/mark) >/dev/null 2>&1 &'
 # systemd takes stock of the controllers that its own units need.
 systemctl daemon-reload
 systemd-run --quiet --scope -p CPUQuota=50% -p MemoryMax=100M -- true
