@@ -342,9 +342,18 @@ impl Destination {
             Err(Errno::NOENT) => {}
             Err(error) => return Err(fail(error)),
         }
+        // Made or found a moment ago: what cannot be opened now is a link to
+        // what is not there, as links that lead out of the destination are.
+        let open_made = |at: &Path| match self.open_beneath(at) {
+            Err(Errno::NOENT) => Err(Failure::InvalidArgument(format!(
+                "the archive writes through a link that leads to nothing in its destination: {}",
+                at.display()
+            ))),
+            opened => opened.map_err(fail),
+        };
         let mut at = PathBuf::new();
         for part in above.components() {
-            let dir = self.open_beneath(&at).map_err(fail)?;
+            let dir = open_made(&at)?;
             let mode = Mode::from_raw_mode(DIRECTORY_MODE);
             match rustix::fs::mkdirat(&dir, part.as_os_str(), mode) {
                 Ok(()) => self.own(&dir, part.as_os_str()).map_err(fail)?,
@@ -353,7 +362,7 @@ impl Destination {
             }
             at.push(part);
         }
-        Ok((self.open_beneath(&at).map_err(fail)?, last))
+        Ok((open_made(&at)?, last))
     }
 
     /// Opens a directory with the destination as the root of every link.
