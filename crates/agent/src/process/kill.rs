@@ -17,6 +17,14 @@ use super::mark::Mark;
 /// Passes before everything is stopped for the next one.
 const PASSES_BEFORE_FREEZE: u32 = 20;
 
+/// So many processes that do not become fewer are stopped at once: to look for
+/// them takes the longer the more there are.
+const CROWD: usize = 64;
+
+/// Longest look at the table while others run. Where all memory is used up each
+/// entry costs a process, whose place the others take at once.
+const LONGEST_LOOK: Duration = Duration::from_millis(250);
+
 /// A process that the kernel does not let go (waiting for a dead disk) is left.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(10);
 
@@ -41,12 +49,15 @@ pub(crate) struct Tree {
 pub(crate) async fn kill_descendants(tree: Tree, may_freeze: bool) {
     let started = Instant::now();
     let mut pause = FIRST_PAUSE;
+    let (mut before, mut keeps_up) = (usize::MAX, false);
     for pass in 0u32.. {
-        let freeze = may_freeze && pass > 0 && pass % PASSES_BEFORE_FREEZE == 0;
-        let killed = if freeze { frozen_pass(tree) } else { pass_once(tree).await };
-        if killed == 0 || started.elapsed() > GIVE_UP_AFTER {
+        let freeze = may_freeze && (keeps_up || pass > 0 && pass % PASSES_BEFORE_FREEZE == 0);
+        let killed = if freeze { Some(frozen_pass(tree)) } else { pass_once(tree, may_freeze).await };
+        if killed == Some(0) || started.elapsed() > GIVE_UP_AFTER {
             return;
         }
+        keeps_up = killed.is_none_or(|killed| killed >= CROWD.max(before));
+        before = killed.unwrap_or(usize::MAX);
         sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
@@ -83,34 +94,42 @@ struct Row {
     start_ticks: u64,
 }
 
-async fn pass_once(tree: Tree) -> usize {
+/// How many were killed; `None` if looking took too long, where that counts.
+async fn pass_once(tree: Tree, in_time: bool) -> Option<usize> {
+    let started = Instant::now();
     let mut table = HashMap::new();
     for (index, pid) in pids().enumerate() {
         if let Some(row) = read_row(pid) {
             table.insert(pid, row);
         }
+        if in_time && started.elapsed() > LONGEST_LOOK {
+            return None;
+        }
         if index % ENTRIES_PER_TURN == ENTRIES_PER_TURN - 1 {
             tokio::task::yield_now().await;
         }
     }
-    kill_found(tree, &table)
+    Some(kill_found(tree, &table, kill_exactly))
 }
 
-/// As PID 1: nothing can fork while the table is read.
+/// As PID 1: nothing can fork while the table is read, nor take the number of
+/// what was read in it.
 fn frozen_pass(tree: Tree) -> usize {
     let _ = signal_everybody(Signal::STOP);
     let table: HashMap<i32, Row> = pids().filter_map(read_row).map(|row| (row.pid, row)).collect();
-    let killed = kill_found(tree, &table);
+    let killed = kill_found(tree, &table, |row| {
+        let _ = Pid::from_raw(row.pid).map(|pid| rustix::process::kill_process(pid, Signal::KILL));
+    });
     let _ = signal_everybody(Signal::CONT);
     killed
 }
 
-fn kill_found(tree: Tree, table: &HashMap<i32, Row>) -> usize {
+fn kill_found(tree: Tree, table: &HashMap<i32, Row>, kill: impl Fn(&Row)) -> usize {
     let mut killed = 0;
     let is_part = |row: &Row| is_below(row, tree.root, table) || tree.mark.is_some_and(|mark| mark.is_on(row.pid));
     for row in table.values() {
         if !row.dead && is_part(row) {
-            kill_exactly(row);
+            kill(row);
             killed += 1;
         }
     }

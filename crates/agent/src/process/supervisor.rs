@@ -61,6 +61,8 @@ pub(crate) struct Plan {
     terminal: bool,
     foreground_of: Option<CString>,
     oom_score: &'static [u8],
+    /// Whether the agent was given more of the processor than its commands get.
+    is_urgent: bool,
     open_files: Option<libc::rlimit>,
     capabilities: Option<u64>,
     stack: Vec<u8>,
@@ -136,6 +138,7 @@ impl Plan {
             terminal: options.terminal,
             foreground_of: options.foreground_of,
             oom_score: command_oom_score(),
+            is_urgent: is_urgent(),
             open_files: options.open_files,
             capabilities: options.capabilities,
             stack: vec![0; CHILD_STACK_BYTES],
@@ -179,6 +182,13 @@ fn command_oom_score() -> &'static [u8] {
         let own: i32 = own.trim().parse().unwrap_or(0);
         (own + OOM_SCORE_RAISE).min(OOM_SCORE_MAX).to_string().into_bytes()
     })
+}
+
+/// Does not change either.
+fn is_urgent() -> bool {
+    static IS_URGENT: LazyLock<bool> =
+        LazyLock::new(|| rustix::process::getpriority_process(None).is_ok_and(|priority| priority < 0));
+    *IS_URGENT
 }
 
 /// Null-terminated array of C strings.
@@ -317,6 +327,9 @@ unsafe fn become_command(plan: &Plan) -> (Step, c_int) {
     unsafe {
         let errno = || *libc::__errno_location();
         raise_oom_score(plan.oom_score);
+        if plan.is_urgent {
+            libc::setpriority(libc::PRIO_PROCESS, 0, 0);
+        }
         if plan.foreground_of.is_some() {
             if libc::setpgid(0, 0) < 0 || libc::tcsetpgrp(0, libc::getpid()) < 0 {
                 return (Step::Terminal, errno());

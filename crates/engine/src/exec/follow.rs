@@ -128,10 +128,10 @@ impl Follower {
                 biased;
                 event = self.inner.next() => event,
                 () = last_words(&self.record) => return Some(Err(self.lose(SessionError::Gone))),
-                () = at(self.overdue_at) => {
-                    self.kill_overdue().await;
-                    continue;
-                }
+                () = at(self.overdue_at) => match self.kill_overdue().await {
+                    Ok(()) => continue,
+                    Err(error) => return Some(Err(error)),
+                },
             };
             match event {
                 Some(Ok(event)) => {
@@ -217,14 +217,23 @@ impl Follower {
         Ok(())
     }
 
-    async fn kill_overdue(&mut self) {
+    /// Nothing is said to have ended that may go on: where the kill is not
+    /// confirmed the caller is told so, and whoever reads on tries again.
+    async fn kill_overdue(&mut self) -> Result<(), EngineError> {
         tracing::warn!(sandbox = %self.record.id, exec = %self.command.exec_id, "a command outlived its deadline");
         let process = ProcessSelector::Tag(self.command.exec_id.to_string());
         let killed = tokio::time::timeout(CALL_TIMEOUT, self.session.signal(&process, SIGKILL)).await;
-        if !matches!(killed, Ok(Ok(()))) {
-            tracing::warn!(sandbox = %self.record.id, exec = %self.command.exec_id, "and could not be killed");
+        if matches!(killed, Ok(Ok(()) | Err(SessionError::ProcessNotFound(_)))) {
+            self.phase = Phase::Ending(Exit { code: None, signal: Some(SIGKILL), timed_out: true });
+            return Ok(());
         }
-        self.phase = Phase::Ending(Exit { code: None, signal: Some(SIGKILL), timed_out: true });
+        tracing::warn!(sandbox = %self.record.id, exec = %self.command.exec_id, "and could not be killed");
+        self.overdue_at = Some(Instant::now() + AWAY_PAUSE);
+        if self.draining {
+            return Ok(());
+        }
+        self.phase = Phase::Away;
+        Err(SessionError::Unavailable(None).into())
     }
 
     fn lose(&mut self, error: SessionError) -> EngineError {

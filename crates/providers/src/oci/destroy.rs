@@ -32,8 +32,12 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
         Some(live) => (Some(Arc::clone(&live)), Some(live.record.clone())),
         None => find(runtime, id)?,
     };
+    let mut directories = runtime.cgroups.directories(id.as_str());
+    // The server may have been in another group when it made this one.
+    directories.extend(record.iter().flat_map(|record| record.groups.clone()));
     if let Some(live) = live {
         let disk = hold_disk(&live);
+        directories.iter().for_each(|group| cgroup::unthrottle(group));
         end(id, live.init()).await?;
         if let Some(disk) = disk {
             runtime.let_go(disk);
@@ -42,9 +46,6 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
     if let Some(record) = &record {
         runtime.forget(record).await;
     }
-    let mut directories = runtime.cgroups.directories(id.as_str());
-    // The server may have been in another group when it made this one.
-    directories.extend(record.iter().flat_map(|record| record.groups.clone()));
     let trash_dir = runtime.layout.trash();
     let (disks, disk) = (Arc::clone(&runtime.disks), record.as_ref().map(|record| record.disk.clone()));
     tokio::task::spawn_blocking(move || {

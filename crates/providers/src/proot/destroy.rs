@@ -21,14 +21,15 @@ pub(super) async fn destroy(runtime: &Arc<Runtime>, id: &SandboxId) -> Result<()
 pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId) -> Result<(), ProotError> {
     let sandbox = runtime.layout.sandbox(id);
     let record = runtime.record(id);
+    let mut directories = runtime.cgroups.directories(id.as_str());
+    // The server may have been in another group when it made this one.
+    directories.extend(record.iter().flat_map(|record| record.groups.clone()));
+    directories.iter().for_each(|group| cgroup::unthrottle(group));
     match (runtime.adopt(id)?, &record) {
         (Some(live), _) => members::end(&live, &sandbox).await?,
         (None, Some(record)) => members::end_stragglers(record, &sandbox).await?,
         (None, None) => {}
     }
-    let mut directories = runtime.cgroups.directories(id.as_str());
-    // The server may have been in another group when it made this one.
-    directories.extend(record.iter().flat_map(|record| record.groups.clone()));
     let trash_dir = runtime.layout.trash();
     let freed = tokio::task::spawn_blocking(move || {
         for directory in &directories {

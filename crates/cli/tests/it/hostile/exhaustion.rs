@@ -99,6 +99,52 @@ while True:
         pass
 ";
 
+/// The deadline ends a thousand processes that want all processor time and ignore
+/// every signal that can be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bomb_that_spreads_ends_at_its_deadline() {
+    let image = Some("host".to_owned());
+    let large = CreateRequest { image, memory_mb: Some(1024), pids_limit: Some(1024), ..small() };
+    let attack = Attack::by(&large).await;
+    assert_eq!(output(&attack.guest, "nice").await, "0", "the agent's own priority is not for commands");
+    let bomb = ExecRequest {
+        command: "python3".to_owned(),
+        args: Some(vec!["-c".to_owned(), SPREADING_BOMB.to_owned()]),
+        mode: Some("argv".to_owned()),
+        timeout: Some(Duration::from_secs(2).into()),
+        ..ExecRequest::default()
+    };
+    assert_eq!(refusal(attack.guest.exec(&bomb).await), ErrorCode::Timeout);
+    // Whoever has ended counts until it was taken note of.
+    eventually("all of them are gone", async || {
+        attack.guest.stats().await.expect("stats").pids.filter(|pids| *pids < 16)
+    })
+    .await;
+    assert_eq!(output(&attack.guest, "echo alive").await, "alive");
+    attack.ends_well().await;
+}
+
+const SPREADING_BOMB: &str = "
+import os, signal, time
+for number in range(1, 65):
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError):
+        pass
+def spread():
+    while True:
+        try:
+            os.fork()
+        except OSError:
+            pass
+        time.sleep(0.2)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+spread()
+";
+
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_that_is_used_up_ends_the_command_and_says_so() {
     let attack = Attack::by(&CreateRequest { memory_mb: Some(64), ..small() }).await;

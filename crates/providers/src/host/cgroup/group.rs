@@ -103,6 +103,15 @@ impl Reading {
     }
 }
 
+/// Takes a group's limit on processor time away. Without any left in its quota a
+/// process does not even die.
+pub(crate) fn unthrottle(group: &Path) {
+    for (file, none) in [("cpu.cfs_quota_us", "-1"), ("cpu.max", "max")] {
+        // It has one of them or neither, or is gone.
+        let _ = write_if_there(&group.join(file), none);
+    }
+}
+
 /// Kills what is in a group and removes it. One that does not exist is fine.
 pub(crate) fn remove(group: &Path) -> io::Result<()> {
     let mut wait = Duration::from_millis(1);

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use stacyvm_api::{Limit, LimitReport};
 
 use detect::Controller;
-pub(crate) use group::{Reading, remove};
+pub(crate) use group::{Reading, remove, unthrottle};
 
 /// What to do where a controller is missing, as root and as an ordinary user.
 pub(crate) const CONTROLLER_FIX: &str =

@@ -25,7 +25,7 @@ use crate::host::process::Identity;
 use crate::host::sys::{self, Forked};
 use crate::oci::launch::{
     self, BOOT_FD, Common, FIRST_OWN_FD, LISTENER_FD, LaunchFds, READY, attach_null, devices, enter_user_namespace,
-    mounts, root, user,
+    hurry, mounts, root, user,
 };
 use crate::oci::spawner::protocol::{Failure, LaunchPlan, RuntimePlan, Step};
 use crate::oci::state;
@@ -71,6 +71,8 @@ fn stage(
 ) -> Result<Identity, Failure> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("tie the launch to the spawner")?;
     sys::reset_signals().step("reset signals")?;
+    // The runtime passes it on.
+    hurry(plan);
     sys::unshare(libc::CLONE_NEWNS).step("make namespaces")?;
     root::assemble(plan, fds.user_namespace.as_fd(), fds.disk.take(), &common.authority)?;
     prepare_workspace(plan, fds.user_namespace.as_fd(), common)?;
