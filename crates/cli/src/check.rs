@@ -18,6 +18,8 @@ use crate::output::{Output, Tone};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub(crate) enum Status {
+    /// Not looked at, because it is about something that is honestly not there.
+    Skip,
     Pass,
     Warn,
     Fail,
@@ -65,7 +67,11 @@ impl Check {
         Self { status: Status::Pass, name: name.into(), message: message.into(), place: None, fix: None }
     }
 
-    /// Not as it should be; everything but a pass says what to do.
+    pub(crate) fn skip(name: impl Into<String>, why: impl Into<String>) -> Self {
+        Self { status: Status::Skip, ..Self::pass(name, why) }
+    }
+
+    /// Not as it should be, and what to do.
     pub(crate) fn new(
         status: Status,
         name: impl Into<String>,
@@ -91,6 +97,7 @@ impl Check {
     /// As it is printed, with its fix on a line of its own.
     pub(crate) fn text(&self, output: Output) -> String {
         let (tone, word) = match self.status {
+            Status::Skip => (Tone::Faint, "SKIP"),
             Status::Pass => (Tone::Good, "PASS"),
             Status::Warn => (Tone::Warning, "WARN"),
             Status::Fail => (Tone::Bad, "FAIL"),

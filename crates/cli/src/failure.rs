@@ -223,7 +223,8 @@ fn request_id(error: &ClientError) -> Option<&str> {
     }
 }
 
-fn hint(error: &anyhow::Error) -> Option<String> {
+/// What to do about it, where that is known.
+pub(crate) fn hint(error: &anyhow::Error) -> Option<String> {
     // The first finds it as a context too, which is no cause of its own.
     let advice = error.downcast_ref().or_else(|| error.chain().find_map(|cause| cause.downcast_ref::<Advice>()));
     if let Some(advice) = advice {

@@ -33,4 +33,4 @@ pub use context::{Context, Subject};
 pub use render::{Format, escaped_markdown};
 pub use report::{CheckReport, Report, Status, Summary};
 pub use suite::{Observer, RunOptions, SelectError, run};
-pub use target::{Order, ProviderTarget, SandboxView, ServerTarget, Target, TargetError};
+pub use target::{Order, ProviderTarget, SandboxView, ServerTarget, Target, TargetError, lack_of};

@@ -84,7 +84,7 @@ impl TlsProblem {
 
     fn hint(&self) -> &'static str {
         use rustls::CertificateError::{
-            Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
+            Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext, Other,
         };
         match &self.0 {
             rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. }) => {
@@ -93,6 +93,12 @@ impl TlsProblem {
             rustls::Error::InvalidCertificate(
                 Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. },
             ) => "renew the server's certificate, and look at the clocks of both machines",
+            // The verifier's own error, of a crate that we do not name.
+            rustls::Error::InvalidCertificate(Other(error)) if error.to_string().contains("CaUsedAsEndEntity") => {
+                "its certificate is one of a CA, as `openssl req -x509` makes them, and no server's: make it anew with \
+                 `-addext basicConstraints=critical,CA:FALSE`, or sign the server's with the CA and name the CA's in \
+                 SSL_CERT_FILE"
+            }
             rustls::Error::InvalidCertificate(_) => {
                 "its certificate is not trusted here: name the PEM file of its CA, or the certificate itself where it \
                  is self-signed, in SSL_CERT_FILE, or add it to this machine's (update-ca-certificates)"

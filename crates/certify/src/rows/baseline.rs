@@ -75,7 +75,11 @@ pub(crate) async fn look_back(run: &mut Run<'_>, subject: Subject) {
             return Ok(Seen::fail(format!("left on this host: {}", closed.left.join(", ")), "see the server's log"));
         }
         let seen = Seen::pass(format!("{count} sandboxes of this run were destroyed at its end, and none is left"));
-        Ok(if is_ours { seen.with("no directory and no mount below the server's data directory") } else { seen })
+        Ok(if is_ours {
+            seen.with("no directory and no mount below the server's data directory, and no control group")
+        } else {
+            seen
+        })
     };
     run.look(LOOK_BACK, seen).await;
 }
@@ -196,21 +200,27 @@ async fn smoke(options: &CertifyOptions, subject: &Subject, target: Target, said
     said.push_str(&ran.output);
     let page: SmokePage = serde_json::from_str(&ran.output)
         .map_err(|_| format!("`stacyvm smoke` gave no result: {}", tail(&ran.output)))?;
+    Ok(judge(&page, ran.success))
+}
+
+/// What the provider says it lacks is no fault, and is named.
+fn judge(page: &SmokePage, success: bool) -> Seen {
     let with = |status: &str| -> Vec<String> {
         let found = page.checks.iter().filter(|check| check.status == status);
         found.map(|check| format!("{}: {}", check.name, check.message)).collect()
     };
-    let (failed, warned) = (with("FAIL"), with("WARN"));
+    let (failed, warned, skipped) = (with("FAIL"), with("WARN"), with("SKIP"));
     let evidence: Vec<String> = page.checks.iter().map(|check| format!("{} {}", check.status, check.name)).collect();
     let fix = "stacyvm smoke against this server";
-    let seen = if !failed.is_empty() || !ran.success {
+    let seen = if !failed.is_empty() || !success {
         Seen::fail(failed.join("; "), fix)
     } else if warned.is_empty() {
-        Seen::pass(format!("{} steps passed", page.checks.len()))
+        Seen::pass(format!("{} steps passed, {} skipped", with("PASS").len(), skipped.len()))
     } else {
         Seen::warn(warned.join("; "), fix)
     };
-    Ok(seen.with(evidence.join(", ")))
+    let seen = seen.with(evidence.join(", "));
+    if skipped.is_empty() { seen } else { seen.with(format!("skipped: {}", skipped.join("; "))) }
 }
 
 /// The contract suite over the REST API, and its report beside ours.
@@ -248,5 +258,30 @@ async fn suite(run: &mut Run<'_>, client: &Client) {
         run.suite = Some(report);
     } else {
         run.close(&ids, "the contract suite did not run", "see B7");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Status;
+
+    #[test]
+    fn a_step_that_is_skipped_is_named_and_never_counted_as_passed() {
+        let page = |statuses: &[&str]| SmokePage {
+            checks: statuses
+                .iter()
+                .zip(["smoke.exec", "smoke.stdin"])
+                .map(|(status, name)| SmokeCheck {
+                    status: (*status).to_owned(),
+                    name: name.to_owned(),
+                    message: "why".to_owned(),
+                })
+                .collect(),
+        };
+        let seen = judge(&page(&["PASS", "SKIP"]), true);
+        assert_eq!((seen.status, seen.message.as_str()), (Status::Pass, "1 steps passed, 1 skipped"));
+        assert_eq!(seen.evidence, ["PASS smoke.exec, SKIP smoke.stdin", "skipped: smoke.stdin: why"]);
+        assert_eq!(judge(&page(&["PASS", "FAIL"]), false).status, Status::Fail);
     }
 }

@@ -18,6 +18,8 @@ use crate::run::INTERRUPTED;
 use crate::{CertifyOptions, RuntimeSettings, Target};
 
 const STOP_LIMIT: Duration = Duration::from_mins(2);
+/// Where hosts have their control groups.
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -28,6 +30,8 @@ pub(crate) struct OwnServer {
     config: Option<PathBuf>,
     settings: Vec<(String, String)>,
     target: Target,
+    /// Name of its control groups.
+    cgroup_parent: String,
     /// Where sandboxes are instead of the data directory; ours, and removed.
     workspace: Option<PathBuf>,
     process: Option<Child>,
@@ -91,7 +95,8 @@ impl OwnServer {
         // Two ids are as hard to guess as a key has to be.
         let api_key = format!("{}{}", SandboxId::random(), SandboxId::random()).replace("sb-", "");
         let client = Client::new(&ClientOptions::new("http://127.0.0.1:1")).map_err(|error| error.to_string())?;
-        let mut settings = settings(target, options, &api_key);
+        let cgroup_parent = format!("stacyvm-certify-{}", std::process::id());
+        let mut settings = settings(target, options, &api_key, &cgroup_parent);
         let workspace = workspace(target, options);
         if let Some(path) = &workspace {
             settings.push(("STACYVM_PROVIDERS_PROOT_WORKSPACE_BASE".to_owned(), path.display().to_string()));
@@ -102,6 +107,7 @@ impl OwnServer {
             config: options.config.clone(),
             settings,
             target,
+            cgroup_parent,
             workspace,
             process: None,
             lifeline: None,
@@ -278,6 +284,7 @@ impl OwnServer {
         let data_dir = self.data_dir().display().to_string();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         left.extend(mounts.lines().filter(|line| line.contains(&data_dir)).map(str::to_owned));
+        left.extend(directories_named(&self.cgroup_parent, Path::new(CGROUP_ROOT)));
         Closed { log: fs::read_to_string(self.log_file()).ok(), left }
     }
 }
@@ -293,7 +300,7 @@ impl Drop for OwnServer {
 
 /// What makes it a server of the target and of nothing else: with another
 /// provider beside it, readiness would say nothing about this one.
-fn settings(target: Target, options: &CertifyOptions, api_key: &str) -> Vec<(String, String)> {
+fn settings(target: Target, options: &CertifyOptions, api_key: &str, cgroup_parent: &str) -> Vec<(String, String)> {
     let on = |provider: &str| (target.provider() == provider).to_string();
     let mut settings = vec![
         ("STACYVM_PROVIDERS_DEFAULT", target.provider().to_owned()),
@@ -307,7 +314,7 @@ fn settings(target: Target, options: &CertifyOptions, api_key: &str) -> Vec<(Str
         ("STACYVM_PROVIDERS_PROOT_MAX_SANDBOXES", "0".to_owned()),
         // We ask for it by this name, whatever callers know it as.
         ("STACYVM_PROVIDERS_CUSTOM_NAME", "custom".to_owned()),
-        ("STACYVM_PROVIDERS_OCI_CGROUP_PARENT", format!("stacyvm-certify-{}", std::process::id())),
+        ("STACYVM_PROVIDERS_OCI_CGROUP_PARENT", cgroup_parent.to_owned()),
     ];
     if target.has_daemon() {
         let of = &options.settings;
@@ -318,10 +325,46 @@ fn settings(target: Target, options: &CertifyOptions, api_key: &str) -> Vec<(Str
     options.settings.variables.iter().cloned().chain(ours).collect()
 }
 
+/// Control groups are at the root of each hierarchy, or where an ordinary user
+/// may have some.
+fn directories_named(name: &str, root: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        // Links stand for hierarchies that are there by another name.
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        if entry.file_name() == name {
+            found.push(entry.path().display().to_string());
+        } else {
+            found.extend(directories_named(name, &entry.path()));
+        }
+    }
+    found
+}
+
 /// A directory of our own in the configured base: what else is there belongs to
 /// other servers.
 fn workspace(target: Target, options: &CertifyOptions) -> Option<PathBuf> {
     let base = &options.settings.proot_workspace_base;
     let is_set = target == Target::Proot && !base.as_os_str().is_empty();
     is_set.then(|| base.join(SandboxId::random().to_string().replace("sb-", "certify-")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_groups_that_stay_are_found_in_every_hierarchy() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| root.path().join(path);
+        for path in ["pids/ours/0123", "user.slice/user-1.slice/ours", "pids/ours-too", "cpu"] {
+            fs::create_dir_all(at(path)).unwrap();
+        }
+        std::os::unix::fs::symlink("pids", at("alias")).unwrap();
+        let mut found = directories_named("ours", root.path());
+        found.sort_unstable();
+        assert_eq!(found, ["pids/ours", "user.slice/user-1.slice/ours"].map(|path| at(path).display().to_string()));
+    }
 }

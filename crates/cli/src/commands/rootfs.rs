@@ -80,8 +80,11 @@ pub(crate) async fn run(context: &Context, args: RootfsArgs) -> anyhow::Result<(
     }
     let path = args.path.clone().unwrap_or_else(|| config.proot.rootfs_path.clone());
     if path.exists() {
-        let message = format!("{} is there already", path.display());
-        return Err(Advice::new(message, "remove it, or name another directory").into());
+        // What is in it may be anybody's: nothing here says to remove that.
+        let is_empty = path.read_dir().is_ok_and(|mut entries| entries.next().is_none());
+        let hint =
+            if is_empty { "rmdir it, or name another directory" } else { "name a directory that is not there yet" };
+        return Err(Advice::new(format!("{} is there already", path.display()), hint).into());
     }
     if args.image.is_none() && !rustix::process::geteuid().is_root() {
         let message = "debootstrap, which makes a distribution and its packages, needs root";

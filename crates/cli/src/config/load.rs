@@ -294,7 +294,9 @@ fn read_file(path: &Path) -> Result<String, ConfigError> {
 }
 
 fn shown(path: &Path, environment: &Environment) -> String {
-    path.strip_prefix(&environment.current_dir).unwrap_or(path).display().to_string()
+    // Below `/` the rest would look like a path from elsewhere.
+    let here = Some(&environment.current_dir).filter(|here| here.parent().is_some());
+    here.and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path).display().to_string()
 }
 
 fn unknown_variables(environment: &Environment) -> Vec<Problem> {
@@ -355,6 +357,13 @@ mod tests {
     fn environment(variables: &[(&str, &str)]) -> Environment {
         let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Environment { variables, home: None, current_dir: PathBuf::from("/nowhere") }
+    }
+
+    #[test]
+    fn a_file_is_shown_as_it_is_reached_from_here() {
+        let shown_from =
+            |here: &str| shown(Path::new("/etc/s.yaml"), &Environment { current_dir: here.into(), ..environment(&[]) });
+        assert_eq!(["/", "/etc", "/home"].map(shown_from), ["/etc/s.yaml", "s.yaml", "/etc/s.yaml"]);
     }
 
     fn load_text(text: &str, variables: &[(&str, &str)]) -> Result<Loaded, String> {

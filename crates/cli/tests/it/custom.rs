@@ -209,6 +209,14 @@ async fn a_shell_says_that_there_are_no_terminals() {
 async fn the_contract_over_http_leaves_out_what_the_provider_lacks() {
     let example = Example::start();
     let server = example.server().await;
+    // So does the smoke test; what does not need it is looked at.
+    let smoke: Value = server.run(&["smoke", "--json", "--image", "any"]).await.json();
+    let checks = smoke["checks"].as_array().expect("a list");
+    let with = |status: &str| -> Vec<&Value> {
+        checks.iter().filter(|check| check["status"] == status).map(|check| &check["name"]).collect()
+    };
+    assert_eq!(with("SKIP"), ["smoke.stdin", "smoke.files.bytes", "smoke.ports", "smoke.preview"], "{smoke:#}");
+    assert!(with("PASS").len() == checks.len() - 4 && with("PASS").contains(&&"smoke.files.list".into()), "{smoke:#}");
     let ran = server.run(&["conformance", "--url", &server.url, "--image", "any", "--format", "json"]).await.ok();
     let report: Value = serde_json::from_str(ran.stdout()).expect("a report");
     let checks = report["checks"].as_array().expect("a list");

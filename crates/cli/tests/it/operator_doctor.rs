@@ -102,12 +102,19 @@ async fn a_port_that_is_taken_is_fine_only_for_our_own_server() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_of_tls_is_asked_over_tls_and_says_so_to_others() {
     let site = Site::new();
-    for name in ["cert.pem", "other.pem"] {
+    for (name, is_ca) in [("cert.pem", "FALSE"), ("other.pem", "FALSE"), ("ca.pem", "TRUE")] {
         let made = site
             .command("openssl")
             .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
             .args(["-subj", &format!("/CN={name}"), "-addext", "subjectAltName=DNS:localhost"])
-            .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout", &format!("{name}.key"), "-out", name])
+            .args([
+                "-addext",
+                &format!("basicConstraints=critical,CA:{is_ca}"),
+                "-keyout",
+                &format!("{name}.key"),
+                "-out",
+                name,
+            ])
             .output()
             .expect("openssl starts");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
@@ -152,6 +159,22 @@ async fn a_server_of_tls_is_asked_over_tls_and_says_so_to_others() {
     let refused = site.run(&["list", "--server", &plain.url.replace("http:", "https:")]).await.failed(1);
     assert!(refused.stderr().contains("write http://"), "{refused}");
     plain.stop(Signal::TERM).await;
+    server.stop(Signal::TERM).await;
+    // Trusted, but a CA's.
+    let server = Server::start_with(&site, |serve| {
+        serve.env("STACYVM_SERVER_TLS_CERT_FILE", file("ca.pem"));
+        serve.env("STACYVM_SERVER_TLS_KEY_FILE", file("ca.pem.key"));
+    })
+    .await;
+    let port = server.url.rsplit(':').next().expect("a port");
+    let address = format!("https://localhost:{port}");
+    let refused = site
+        .run_with(&["list", "--server", &address], |list| {
+            list.env("SSL_CERT_FILE", file("ca.pem"));
+        })
+        .await
+        .failed(1);
+    assert!(refused.stderr().contains("basicConstraints=critical,CA:FALSE"), "{refused}");
     server.stop(Signal::TERM).await;
 }
 

@@ -56,7 +56,8 @@ async fn the_fake_passes_what_it_imitates_and_no_more() {
     };
     let page: Value = smoke("key-of-the-test").await.json();
     let warned: Vec<_> = statuses(&page).into_iter().filter(|(_, status)| status != "PASS").collect();
-    assert_eq!(warned, [("smoke.ports".to_owned(), "WARN".to_owned())], "{page:#}");
+    let skipped = ["smoke.ports", "smoke.preview"].map(|name| (name.to_owned(), "SKIP".to_owned()));
+    assert_eq!(warned, skipped, "{page:#}");
 
     let refused = smoke("wrong").await;
     assert_eq!(refused.status(), Some(1), "{refused}");
@@ -80,6 +81,51 @@ async fn what_does_not_work_fails_and_says_where_to_look() {
     let unknown = server.run(&["smoke", "--provider", "dokcer"]).await;
     assert!(unknown.stdout().contains("[FAIL] smoke.provider: it is none of oci"), "{unknown}");
     assert_eq!(left_of(&server).await, before);
+}
+
+/// Programs of this host: a busybox could serve, whatever it is called.
+const MAKE_TINY: &str = r#"
+    mkdir -p tiny/bin && cd tiny || exit
+    for program in sh cat echo; do
+        cp -L /bin/$program bin/ || exit
+        for library in $(ldd /bin/$program | grep -o '/[^ ]*'); do
+            mkdir -p ".${library%/*}" && cp -L "$library" ".$library" || exit
+        done
+    done
+    printf '#!/bin/sh\necho No module named http.server >&2; exit 1\n' > bin/python3
+    chmod 755 bin/python3 && tar -cf ../tiny.tar ."#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_page_lacks_is_told_apart() {
+    let site = Site::with_image();
+    let mut make = site.command("sh");
+    make.args(["-c", MAKE_TINY]).current_dir(site.home());
+    run(make.into(), b"").await.ok();
+    site.run(&["image", "import", "tiny.tar", "--name", "tiny:1"]).await.ok();
+    let server = Server::start_with(&site, |serve| {
+        serve.arg("--destroy-on-exit").env("STACYVM_SERVER_PREVIEW_DOMAIN", "previews.invalid");
+    })
+    .await;
+    let failed = async |image: &str| {
+        let ran = server.run(&["smoke", "--json", "--image", image]).await;
+        let page: Value = serde_json::from_str(ran.stdout()).expect("JSON");
+        let checks = page["checks"].as_array().expect("a list").iter().filter(|check| check["status"] == "FAIL");
+        checks.map(|check| (check["name"].clone(), check["message"].clone(), check["fix"].clone())).collect::<Vec<_>>()
+    };
+    // The server is found, and the names of its previews are not.
+    let found = failed(IMAGE).await;
+    let [(name, message, fix)] = &found[..] else { panic!("one failure: {found:?}") };
+    assert_eq!(name, "smoke.preview");
+    assert!(message.as_str().is_some_and(|it| it.contains(".previews.invalid is not found")), "{message}");
+    assert!(fix.as_str().is_some_and(|it| it.contains("DNS record *.previews.invalid")), "{fix}");
+
+    let found = failed("tiny:1").await;
+    let (_, message, fix) =
+        found.iter().find(|(name, ..)| name == "smoke.ports").unwrap_or_else(|| panic!("{found:?}"));
+    let said = "the image has /bin/python3, which said: No module named http.server";
+    assert!(message.as_str().is_some_and(|it| it.contains(said)), "{message}");
+    assert!(fix.as_str().is_some_and(|it| it.contains("python3-minimal")), "{fix}");
+    server.stop(Signal::TERM).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,9 @@ async fn a_root_is_made_and_commands_run_in_it() {
     site.run(&["rootfs", "build", "--image", "alpine:latest", &path]).await.ok().says("made");
     assert!(rootfs.join("bin/busybox").is_file());
     let again = site.run(&["rootfs", "build", "--image", "alpine:latest", &path]).await;
-    again.failed(1).says("is there already");
+    again.failed(1).says("is there already").says("not there yet");
+    let root = site.run(&["rootfs", "build", "--image", "alpine:latest", "/"]).await.failed(1);
+    assert!(root.stderr().contains("not there yet") && !root.stderr().contains("remove"), "{root}");
 
     let server = Server::start_with(&site, |serve| {
         serve.arg("--destroy-on-exit");

@@ -152,6 +152,10 @@ async fn a_second_server_stays_away_from_the_data_directory_and_the_port() {
     let port = taken.local_addr().expect("an address").port().to_string();
     let ours = format!("process {}", std::process::id());
     other.run(&["serve", "--port", &port]).await.failed(1).says(&ours);
+    let preview = other.run_with(&["serve", "--port", "0"], |serve| {
+        serve.env("STACYVM_SERVER_PREVIEW_PORT", &port);
+    });
+    preview.await.failed(1).says(&ours).says("set another server.preview_port");
     assert_eq!(other.remains(), Vec::<String>::new());
 
     assert_eq!(output(&sandbox, "echo undisturbed").await, "undisturbed");

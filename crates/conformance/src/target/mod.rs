@@ -4,7 +4,7 @@ mod provider;
 mod server;
 
 pub use provider::ProviderTarget;
-pub use server::ServerTarget;
+pub use server::{ServerTarget, lack_of};
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -165,12 +165,14 @@ impl Runtime {
 
     pub(super) async fn shutdown(&self) {
         self.stopping.cancel();
-        self.background.close();
-        self.background.wait().await;
+        // Before what takes long: whoever waits for large trees to be removed may
+        // give up.
+        self.cgroups.close();
         if let Err(error) = self.uids.release_unused() {
             tracing::warn!(%error, "uids stay claimed");
         }
-        self.cgroups.close();
+        self.background.close();
+        self.background.wait().await;
     }
 
     /// What keeps another user from his files, as root without namespaces.
@@ -305,5 +307,27 @@ mod tests {
         let said = refusal(Some(setting), "make namespaces", kernels);
         assert_eq!(said, "user.max_user_namespaces is 0 (make namespaces: No space left on device)");
         assert_eq!(refusal(None, "make namespaces", kernels), "make namespaces: No space left on device");
+    }
+
+    #[tokio::test]
+    async fn control_groups_are_given_back_before_trash_that_takes_long() {
+        let (data, rootfs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let options = ProotOptions {
+            run_dir: data.path().join("run"),
+            rootfs: rootfs.path().to_owned(),
+            cgroup_parent: "stacyvm-test".into(),
+            namespaces: false,
+            ..ProotOptions::new(data.path())
+        };
+        let runtime = Runtime::open(&options).await.unwrap();
+        let groups = runtime.cgroups.directories("");
+        assert!(!groups.is_empty() && groups.iter().all(|group| group.exists()), "{groups:?}");
+        let trash = runtime.trash_gate.lock().await;
+        runtime.empty_trash();
+        let mut ended = Box::pin(runtime.shutdown());
+        assert!(futures_util::poll!(&mut ended).is_pending());
+        assert!(!groups.iter().any(|group| group.exists()), "{groups:?}");
+        drop(trash);
+        ended.await;
     }
 }

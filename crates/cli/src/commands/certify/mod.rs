@@ -217,6 +217,7 @@ fn options(
 fn host_check(check: Check) -> HostCheck {
     let status = match check.status {
         Found::Pass => Status::Pass,
+        Found::Skip => Status::Unavailable,
         Found::Warn => Status::Warn,
         Found::Fail => Status::Fail,
     };

@@ -1,16 +1,18 @@
 //! `stacyvm cp`: files and directories between here and sandboxes.
 
+mod destination;
 mod pack;
 mod place;
 mod unpack;
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
 use indicatif::ProgressBar;
+use rustix::fs::OFlags;
 use serde_json::json;
 use stacyvm_api::{ErrorCode, FileInfo};
 use stacyvm_client::{Client, ClientError, SandboxClient, UploadOptions};
@@ -20,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncWriteExt as _};
 use crate::commands::Context;
 use crate::failure::Advice;
 use crate::output::{self, Output, json_line};
+use destination::Destination;
 use place::Place;
 
 /// Copy files and directories to, from and between sandboxes
@@ -27,7 +30,8 @@ use place::Place;
 /// One side is `ID:/path`. A directory is copied with all that is in it; into
 /// a directory that exists, unless the source ends in `/.`, which means what is
 /// inside. `-` is standard input or output. Devices and sockets stay behind; out
-/// of a sandbox files lose set-ID bits, and hard links become files of their own.
+/// of a sandbox files lose set-ID bits, hard links become files of their own, and
+/// a link here that is in the way is replaced, never written through.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   stacyvm cp main.py sb-4f9k2m0x7c1v8b3n5q6w:/workspace/
@@ -151,7 +155,8 @@ impl Copy {
     }
 
     /// Written aside and renamed, so that a copy that breaks off leaves what
-    /// was there before.
+    /// was there before, and a link is replaced: the sandbox may have put it
+    /// there with an earlier copy.
     async fn download_file(
         &self,
         sandbox: &SandboxClient,
@@ -159,15 +164,15 @@ impl Copy {
         info: &FileInfo,
         to: &Path,
     ) -> anyhow::Result<u64> {
-        let named = if to.is_dir() { to.join(place::remote_name(from)?) } else { to.to_owned() };
-        // A link is written through, not replaced.
-        let target = named.canonicalize().unwrap_or(named);
+        let target = local_file(from, to)?;
         let cannot = || format!("cannot write {}", target.display());
         let download = sandbox.download(from, None).await?;
         let bar = self.output.progress(&target.display().to_string(), download.size_bytes());
-        if target.metadata().is_ok_and(|metadata| !metadata.is_file()) {
+        if target.symlink_metadata().is_ok_and(|metadata| !metadata.is_file() && !metadata.is_symlink()) {
             // A device or a pipe.
-            let mut file = tokio::fs::OpenOptions::new().write(true).open(&target).await.with_context(cannot)?;
+            let mut options = tokio::fs::OpenOptions::new();
+            let opened = options.write(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(&target).await;
+            let mut file = opened.with_context(cannot)?;
             tokio::io::copy(&mut bar.wrap_async_read(download.into_reader()), &mut file).await.with_context(cannot)?;
             file.flush().await.with_context(cannot)?;
             return Ok(bar.position());
@@ -182,20 +187,21 @@ impl Copy {
         file.flush().await.with_context(cannot)?;
         let asked = u32::from_str_radix(&info.mode, 8).unwrap_or(0o644);
         let permissions = std::fs::Permissions::from_mode(asked & unpack::PERMISSION_BITS);
-        std::fs::set_permissions(scratch.path(), permissions).with_context(cannot)?;
+        file.set_permissions(permissions).await.with_context(cannot)?;
         scratch.persist(&target).map_err(|error| error.error).with_context(cannot)?;
         self.note_plainer(u64::from(asked & unpack::SPECIAL_BITS != 0));
         Ok(bar.position())
     }
 
     async fn download_tree(&self, sandbox: &SandboxClient, from: &str, to: &Path) -> anyhow::Result<u64> {
-        let target = if to.is_dir() && !place::remote_means_contents(from) {
-            to.join(place::remote_name(from)?)
-        } else {
-            to.to_owned()
-        };
+        let into = to.is_dir() && !place::remote_means_contents(from);
         let download = sandbox.download_archive(from).await?;
-        let bar = self.output.progress(&target.display().to_string(), None);
+        let cannot = || format!("cannot make {}", to.display());
+        let mut target = Destination::open(to).with_context(cannot)?;
+        if into {
+            target = target.within(Path::new(&place::remote_name(from)?)).with_context(cannot)?;
+        }
+        let bar = self.output.progress(&target.path().display().to_string(), None);
         let unpacked = unpack::unpack(bar.wrap_async_read(download.into_reader()), &target).await?;
         if unpacked.skipped > 0 {
             self.output.note(&format!("note: left out {} devices, pipes or sockets", unpacked.skipped));
@@ -245,6 +251,26 @@ impl Copy {
     }
 }
 
+/// The local file that a copy of one writes.
+fn local_file(from: &str, to: &Path) -> anyhow::Result<PathBuf> {
+    let leads_to = to.metadata().ok();
+    let is_link = to.symlink_metadata().is_ok_and(|metadata| metadata.is_symlink());
+    match leads_to {
+        Some(found) if is_link && found.is_dir() => Err(Advice::new(
+            format!("{} is a link to a directory, which a sandbox may have put there", to.display()),
+            format!("write {}/ to copy into the directory", to.display()),
+        )
+        .into()),
+        Some(found) if is_link && !found.is_file() => Err(Advice::new(
+            format!("{} is a link to a device or a pipe", to.display()),
+            "name that itself, or write `-` for standard output",
+        )
+        .into()),
+        Some(found) if found.is_dir() => Ok(to.join(place::remote_name(from)?)),
+        Some(_) | None => Ok(to.to_owned()),
+    }
+}
+
 /// What is at a path in the sandbox, if anything is.
 async fn stat(sandbox: &SandboxClient, path: &str) -> Result<Option<FileInfo>, ClientError> {
     match sandbox.stat(path).await {
@@ -274,7 +300,7 @@ async fn to_stdout(mut reader: impl AsyncRead + Unpin) -> anyhow::Result<u64> {
 
 /// For tests of this module's parts.
 #[cfg(test)]
-pub(super) fn fixture(dir: &Path) -> std::path::PathBuf {
+pub(super) fn fixture(dir: &Path) -> PathBuf {
     let tree = dir.join("tree");
     std::fs::create_dir_all(tree.join("a/empty")).expect("make the tree");
     std::fs::write(tree.join("a/run.sh"), "#!/bin/sh\n").expect("write a file");

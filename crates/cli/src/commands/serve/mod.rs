@@ -185,7 +185,11 @@ async fn bind(config: &Config, data_dir: &Path, environment: &Environment, engin
         Err(ServerError::Bind { address, source }) if source.kind() == std::io::ErrorKind::AddrInUse => {
             let by = port::owner(address.port()).map_or_else(String::new, |owner| format!(" by {owner}"));
             let message = format!("port {} on {} is taken{by}", address.port(), address.ip());
-            Err(Advice::new(message, "stop what uses it, or pass another --port").into())
+            let another = match config.server.preview_port {
+                Some(port) if port == address.port() => "set another server.preview_port",
+                Some(_) | None => "pass another --port",
+            };
+            Err(Advice::new(message, format!("stop what uses it, or {another}")).into())
         }
         Err(error) => Err(error.into()),
     }

@@ -14,9 +14,11 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 use stacyvm_api::{CreateRequest, Duration, ListQuery, ProviderHealth, SandboxId, SandboxState};
 use stacyvm_client::{Client, ClientOptions, SandboxClient};
+use stacyvm_conformance::{Ability, lack_of};
 
 use crate::check::{Check, Checks, Status};
 use crate::commands::{Context, given, stop_when_interrupted};
+use crate::failure;
 use crate::output::{print, took};
 
 /// Marks the sandbox of one run, so that it is found again when its creation
@@ -30,7 +32,8 @@ const SANDBOX_TTL: Duration = Duration::from_secs(10 * 60);
 ///
 /// Liveness, readiness, the provider, commands (buffered, without a shell,
 /// streamed, with input), files as text and bytes, ports, a preview, and that
-/// nothing stays. The sandbox is destroyed also when something fails or after Ctrl-C.
+/// nothing stays. What the provider says it lacks is skipped. The sandbox is
+/// destroyed also when something fails or after Ctrl-C.
 ///
 /// Exit status: 0 when nothing failed, 1 otherwise.
 #[derive(Debug, Args)]
@@ -107,27 +110,41 @@ impl Run<'_> {
     }
 
     async fn use_it(&mut self, sandbox: &SandboxClient, provider: &ProviderHealth) {
-        let can = |ability: &str| provider.capabilities.iter().any(|had| had == ability);
         self.step("smoke.exec", steps::exec(sandbox)).await;
         self.step("smoke.argv", steps::argv(sandbox)).await;
         self.step("smoke.exit_status", steps::exit_status(sandbox)).await;
-        self.step("smoke.stdin", steps::stdin(sandbox)).await;
+        if self.can(provider, "smoke.stdin", &[Ability::Terminal]) {
+            self.step("smoke.stdin", steps::stdin(sandbox)).await;
+        }
         self.step("smoke.stream", steps::stream(sandbox)).await;
         self.step("smoke.files.text", steps::text_file(sandbox)).await;
-        self.step("smoke.files.bytes", steps::large_file(sandbox)).await;
+        if self.can(provider, "smoke.files.bytes", &[Ability::Bytes]) {
+            self.step("smoke.files.bytes", steps::large_file(sandbox)).await;
+        }
         self.step("smoke.files.list", steps::list_and_remove(sandbox)).await;
-        if can("imitated") || !can("dial") {
-            let message = format!("not tried: provider {} runs no programs, or reaches no ports", provider.name);
-            let _ = self.end(Check::warn("smoke.ports", message, "use a provider that does"));
+        if self.can(provider, "smoke.ports", &[Ability::Programs, Ability::Ports]) {
+            self.step("smoke.ports", steps::ports(sandbox)).await;
+        }
+        if !self.can(provider, "smoke.preview", &[Ability::Programs, Ability::Dial]) {
             return;
         }
-        self.step("smoke.ports", steps::ports(sandbox)).await;
         if steps::has_previews(sandbox).await {
             self.step("smoke.preview", steps::preview(sandbox)).await;
         } else {
             let fix = "set server.preview_domain or server.preview_port to have previews";
             let _ = self.end(Check::warn("smoke.preview", "not tried: this server has no previews", fix));
         }
+    }
+
+    /// Whether the provider has what a step needs; otherwise the step is skipped,
+    /// with what the provider lacks.
+    fn can(&mut self, provider: &ProviderHealth, step: &'static str, needs: &[Ability]) -> bool {
+        let lack = needs.iter().find_map(|need| lack_of(provider, *need));
+        let can = lack.is_none();
+        if let Some(lack) = lack {
+            let _ = self.end(Check::skip(step, lack));
+        }
+        can
     }
 
     /// Takes one step within its time; says how it went.
@@ -197,12 +214,13 @@ impl Run<'_> {
     }
 
     fn summary(&self) -> String {
-        let [passed, warned, failed] = [Status::Pass, Status::Warn, Status::Fail].map(|it| self.checks.count(it));
+        let [passed, skipped, warned, failed] =
+            [Status::Pass, Status::Skip, Status::Warn, Status::Fail].map(|it| self.checks.count(it));
         let server = self.client.server();
         if failed > 0 {
-            return format!("{failed} failed, {warned} not tried, {passed} passed: {server} does not work");
+            return format!("{failed} failed, {} not tried, {passed} passed: {server} does not work", skipped + warned);
         }
-        format!("{passed} passed, {warned} not tried: {server} works")
+        format!("{passed} passed, {} not tried: {server} works", skipped + warned)
     }
 }
 
@@ -250,7 +268,5 @@ async fn destroy(sandbox: &SandboxClient) -> anyhow::Result<String> {
 
 /// What the server says to do, or where to look.
 fn fix(error: &anyhow::Error) -> String {
-    let client = error.chain().find_map(|cause| cause.downcast_ref::<stacyvm_client::ClientError>());
-    let hint = client.and_then(|error| error.hint()).map(str::to_owned);
-    hint.unwrap_or_else(|| "stacyvm doctor on the server's host, and the server's log".to_owned())
+    failure::hint(error).unwrap_or_else(|| "stacyvm doctor on the server's host, and the server's log".to_owned())
 }

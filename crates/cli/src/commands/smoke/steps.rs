@@ -7,14 +7,16 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use stacyvm_api::{ExecRequest, WriteRequest};
-use stacyvm_client::{Channel, ExecEvent, SandboxClient, UploadOptions};
+use stacyvm_client::{Channel, ClientError, ExecEvent, SandboxClient, UploadOptions};
 
 use crate::commands::exec::argv as argv_request;
+use crate::failure::Advice;
 use crate::output::bytes;
 
 const TEXT: &str = "smoke: one line, and ümläuts\n";
 const TEXT_PATH: &str = "/workspace/stacyvm-smoke/text";
 const LARGE_PATH: &str = "/workspace/stacyvm-smoke/bytes";
+const LISTED_PATH: &str = "/workspace/stacyvm-smoke/listed";
 const DIRECTORY: &str = "/workspace/stacyvm-smoke";
 
 /// More than fits into one message anywhere on the way.
@@ -33,6 +35,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How long a program may take to listen.
 const LISTEN_LIMIT: Duration = Duration::from_secs(15);
+
+/// As much as is quoted of what a program said.
+const SAID_BYTES: usize = 2000;
 
 /// Serves HTTP with whatever the image has.
 const LISTEN: &str = "python3 -m http.server 38423 || busybox httpd -f -p 38423 || httpd -f -p 38423 || \
@@ -117,10 +122,11 @@ pub(super) async fn large_file(sandbox: &SandboxClient) -> anyhow::Result<String
 }
 
 pub(super) async fn list_and_remove(sandbox: &SandboxClient) -> anyhow::Result<String> {
+    let request = WriteRequest { path: LISTED_PATH.to_owned(), content: TEXT.to_owned(), ..WriteRequest::default() };
+    sandbox.write_file(&request).await.context("write")?;
     let listed = sandbox.list_files(DIRECTORY).await.context("list")?;
     let paths: Vec<&str> = listed.iter().map(|file| file.path.as_str()).collect();
-    let has = |name: &str| paths.iter().any(|path| path.ends_with(name));
-    ensure!(has("text") && has("bytes"), "the directory shows only {paths:?}");
+    ensure!(paths.iter().any(|path| path.ends_with("/listed")), "the directory shows only {paths:?}");
     sandbox.remove_all(DIRECTORY).await.context("remove")?;
     ensure!(sandbox.stat(DIRECTORY).await.is_err(), "the directory is still there");
     Ok("files are listed and removed".to_owned())
@@ -128,18 +134,13 @@ pub(super) async fn list_and_remove(sandbox: &SandboxClient) -> anyhow::Result<S
 
 /// Needs real programs: something listens, and the server sees it.
 pub(super) async fn ports(sandbox: &SandboxClient) -> anyhow::Result<String> {
-    let started = sandbox.exec_background(&shell(LISTEN)).await?;
-    let listens = async {
+    let seen = async {
         while !sandbox.ports().await?.iter().any(|port| port.port == PORT) {
             tokio::time::sleep(POLL_INTERVAL).await;
         }
         anyhow::Ok(())
     };
-    let seen = tokio::time::timeout(LISTEN_LIMIT, listens).await;
-    if let Some(exec_id) = &started.exec_id {
-        sandbox.signal(exec_id, "KILL").await.ok();
-    }
-    seen.context("nothing listened: the image has no python3, busybox, httpd or nc")??;
+    Box::pin(while_serving(sandbox, LISTEN, seen)).await?;
     Ok(format!("a program that listens on {PORT} is seen"))
 }
 
@@ -150,30 +151,88 @@ pub(super) async fn preview(sandbox: &SandboxClient) -> anyhow::Result<String> {
     let path = format!("{PREVIEW_DIRECTORY}/index.html");
     let request = WriteRequest { path, content: page.clone(), ..WriteRequest::default() };
     sandbox.write_file(&request).await.context("write the page")?;
+    let url = sandbox.port(PREVIEW_PORT).await?.url.unwrap_or_default();
     let serve = format!(
         "cd {PREVIEW_DIRECTORY} && {{ python3 -m http.server {PREVIEW_PORT} || busybox httpd -f -p {PREVIEW_PORT} || \
          httpd -f -p {PREVIEW_PORT}; }}"
     );
-    let started = sandbox.exec_background(&shell(&serve)).await?;
     let opened = async {
         loop {
-            let answer = sandbox.open_preview(PREVIEW_PORT, "/index.html").await?;
+            let answer = match sandbox.open_preview(PREVIEW_PORT, "/index.html").await {
+                Ok(answer) => answer,
+                Err(error) => return Err(unopened(error, &url).await),
+            };
             if answer.status == 200 {
-                return anyhow::Ok(answer.body);
+                return Ok(answer.body);
             }
             // Until something listens the server says 502.
             ensure!(answer.status == 502, "the preview answered {}", answer.status);
             tokio::time::sleep(POLL_INTERVAL).await;
         }
     };
-    let opened = tokio::time::timeout(LISTEN_LIMIT, opened).await;
-    if let Some(exec_id) = &started.exec_id {
-        sandbox.signal(exec_id, "KILL").await.ok();
-    }
-    let body = opened.context("nothing served a page: the image has no python3, busybox or httpd")??;
+    let body = Box::pin(while_serving(sandbox, &serve, opened)).await?;
     same(&page, &String::from_utf8_lossy(&body))?;
-    let url = sandbox.port(PREVIEW_PORT).await?.url.unwrap_or_default();
     Ok(format!("{url} shows the page"))
+}
+
+/// A preview's name may be unknown where the server itself is found.
+async fn unopened(error: ClientError, url: &str) -> anyhow::Error {
+    let host = url.split("://").nth(1).and_then(|rest| rest.split(['/', ':']).next()).unwrap_or_default();
+    if !matches!(error, ClientError::Connect { .. }) || tokio::net::lookup_host((host, 0)).await.is_ok() {
+        return error.into();
+    }
+    let domain = host.split_once('.').map_or(host, |(_, domain)| domain);
+    let fix =
+        format!("make a DNS record *.{domain} that leads to the server: server.preview_domain needs the wildcard");
+    Advice::new(format!("the preview's name {host} is not found"), fix).into()
+}
+
+/// Does something while a command serves inside, which ends with that.
+async fn while_serving<T>(
+    sandbox: &SandboxClient,
+    command: &str,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let mut stream = sandbox.exec_stream(&shell(command)).await?;
+    let mut exec_id = None;
+    let mut said = Vec::new();
+    let ended = async {
+        while let Some(event) = stream.next().await? {
+            match event {
+                ExecEvent::Started { exec_id: id, .. } => exec_id = Some(id),
+                ExecEvent::Output { data, .. } => said.extend(data.into_iter().take(SAID_BYTES)),
+                ExecEvent::Dropped { .. } => {}
+                ExecEvent::Exit(_) => break,
+            }
+        }
+        anyhow::Ok(())
+    };
+    let done = tokio::select! {
+        done = tokio::time::timeout(LISTEN_LIMIT, work) => Some(done),
+        ended = ended => ended.map(|()| None)?,
+    };
+    let Some(done) = done else { return Err(serves_nothing(sandbox, &String::from_utf8_lossy(&said)).await) };
+    if let Some(exec_id) = exec_id {
+        sandbox.signal(&exec_id, "KILL").await.ok();
+    }
+    done.with_context(|| format!("nothing listened within {LISTEN_LIMIT:?}"))?
+}
+
+/// What can serve is not there, or it is and cannot.
+async fn serves_nothing(sandbox: &SandboxClient, said: &str) -> anyhow::Error {
+    let look = "for program in python3 busybox httpd nc; do command -v $program; done; true";
+    let found = output(sandbox, &shell(look)).await.unwrap_or_default();
+    if found.is_empty() {
+        let fix = "pass an --image that has one of them";
+        return Advice::new("nothing listened: the image has no python3, busybox, httpd or nc", fix).into();
+    }
+    let (found, said): (Vec<&str>, Vec<&str>) = (found.lines().collect(), said.lines().collect());
+    let message = format!("nothing listened: the image has {}, which said: {}", found.join(", "), said.join("; "));
+    Advice::new(
+        message,
+        "pass an --image whose python3 is whole (python3-minimal has no http.server), or that has busybox",
+    )
+    .into()
 }
 
 /// Whether this server shows ports at addresses of their own.

@@ -31,6 +31,10 @@ impl Linter<'_> {
             "make one (stacyvm key create NAME --scope read --scope api --scope admin) and set auth.enabled to true, or set auth.api_key_file",
         );
         for (key, secret) in [("auth.api_key", api), ("auth.admin_api_key", admin)] {
+            if secret.is_none() && self.is_faulty(&format!("{key}_file")) {
+                // One is named and cannot be read, which has been said.
+                continue;
+            }
             if secret.is_none() && demanded {
                 self.pass(key, "there is none: keys are made with `stacyvm key create`");
             } else {

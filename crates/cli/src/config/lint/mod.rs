@@ -89,9 +89,13 @@ impl<'a> Linter<'a> {
 
     /// Nothing is to be said of the key, unless it is wrong in another way.
     fn pass(&mut self, key: &str, message: impl Into<String>) {
-        if !self.faults.iter().any(|fault| fault.place == key) {
+        if !self.is_faulty(key) {
             self.add(key, Check::pass(key, message));
         }
+    }
+
+    fn is_faulty(&self, key: &str) -> bool {
+        self.faults.iter().any(|fault| fault.place == key)
     }
 
     /// Fine on one's own machine, a failure in production.

@@ -74,6 +74,11 @@ fn keys_in_files_are_for_the_owner_alone() {
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
     let checks = judge(&yaml, Strictness::Production);
     assert!(!checks.0.iter().any(|check| check.name == "auth.api_key_file"), "{checks:#?}");
+    // One that cannot be read is a fault, and not the same as none.
+    std::fs::remove_file(&file).unwrap();
+    let checks = judge(&format!("auth: {{enabled: true, api_key_file: {}}}", file.display()), Strictness::Production);
+    assert!(!checks.0.iter().any(|check| check.name == "auth.api_key"), "{checks:#?}");
+    assert!(checks.0.iter().any(|check| check.place.as_deref() == Some("auth.api_key_file")), "{checks:#?}");
 }
 
 #[test]

@@ -48,6 +48,24 @@ async fn files_go_in_and_come_out_as_they_were() {
     assert_eq!(missing.status(), Some(1), "{missing}");
     missing.says("no such file or directory: /workspace/missing");
     assert_eq!(fs::metadata(here("back")).expect("still there").len(), 1_280_000);
+    // A link that is in the way, as a sandbox plants it, is replaced.
+    fs::create_dir(here("planted")).expect("made");
+    fs::write(here("victim"), "kept").expect("written");
+    for name in ["bytes", "full"] {
+        std::os::unix::fs::symlink(here("victim"), here(&format!("planted/{name}"))).expect("a link");
+    }
+    for to in ["planted/", "planted/full"] {
+        cp(&inside("/workspace/bytes"), &here(to)).await.ok();
+    }
+    for name in ["planted/bytes", "planted/full"] {
+        let copied = fs::symlink_metadata(here(name)).expect("copied");
+        assert_eq!((copied.is_file(), copied.len()), (true, 1_280_000), "{name}");
+    }
+    assert_eq!(fs::read_to_string(here("victim")).expect("readable"), "kept");
+    std::os::unix::fs::symlink(here("a"), here("planted/dir")).expect("a link");
+    cp(&inside("/workspace/piped"), &here("planted/dir")).await.failed(1).says("planted/dir/ to copy into");
+    cp(&inside("/workspace/piped"), &here("planted/dir/")).await.ok();
+    assert_eq!(fs::read_to_string(here("a/piped")).expect("copied"), "typed");
     cp(&here("missing"), &inside("/workspace")).await.says("missing");
     cp(&here("bytes"), &here("other")).await.failed(1).says("ID:/path");
     cp(&here("bytes"), &format!("{}:relative", fixture.id)).await.says("absolute path");
@@ -102,6 +120,18 @@ async fn trees_go_in_come_out_and_across() {
         tar.stdout_bytes(),
     );
     assert!(names.await.ok().stdout().contains("a/run.sh"));
+    // A link that the sandbox planted with one copy leads no later one away.
+    let (victim, planted) = (here("victim"), here("planted"));
+    fs::create_dir(&victim).expect("made");
+    output(&fixture.sandbox, &format!("mkdir planted; cd planted; ln -s {victim} c; ln -s {victim} d")).await;
+    cp(&inside("/workspace/planted/."), &planted).await;
+    output(&fixture.sandbox, "cd planted; rm c; mkdir c; echo x > c/job; mkdir -m 700 ../d; echo x > ../d/job").await;
+    cp(&inside("/workspace/planted/."), &planted).await;
+    cp(&inside("/workspace/d"), &planted).await;
+    for name in ["c/job", "d/job"] {
+        assert_eq!(fs::read_to_string(format!("{planted}/{name}")).expect("copied"), "x\n");
+    }
+    assert_eq!(fs::read_dir(&victim).expect("readable").count(), 0, "nothing was written through a link");
     // Devices and pipes stay behind, and that is said.
     output(&fixture.sandbox, "mkfifo /workspace/tree/pipe").await;
     cp(&inside("/workspace/tree"), &here("without")).await.says("left out 1");

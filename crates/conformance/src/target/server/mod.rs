@@ -49,14 +49,31 @@ impl ServerTarget {
         };
         Ok(Self { client, provider, run: SandboxId::random().to_string() })
     }
+}
 
-    fn has(&self, capability: &str) -> bool {
-        self.provider.capabilities.iter().any(|had| had == capability)
-    }
-
-    fn falls_short(&self, shortfall: &str) -> bool {
-        self.provider.shortfalls.iter().any(|had| had == shortfall)
-    }
+/// Why one of a server's providers cannot do something, as the server says.
+pub fn lack_of(provider: &ProviderHealth, ability: Ability) -> Option<String> {
+    let has = |capability: &str| provider.capabilities.iter().any(|had| had == capability);
+    let falls_short = |shortfall: &str| provider.shortfalls.iter().any(|had| had == shortfall);
+    let can = match ability {
+        Ability::Programs => !has("imitated"),
+        Ability::Terminal => has("pty"),
+        Ability::Watch => has("watch"),
+        Ability::Sockets => return Some("the REST API has no call that dials a unix socket".to_owned()),
+        Ability::Dial | Ability::Ports => has("dial"),
+        Ability::Usage => has("stats"),
+        Ability::OutlivesOom => !has("oom_ends_sandbox"),
+        Ability::Bytes => !falls_short("text_only"),
+        Ability::FileDetails => !falls_short("plain_files"),
+        Ability::Archives => !falls_short("no_archives"),
+        Ability::LiveOutput => !falls_short("late_output"),
+        Ability::Users => !falls_short("one_user"),
+        Ability::Failures => !falls_short("plain_failures"),
+        Ability::Limits => !falls_short("loose_limits"),
+        Ability::ExactFiles => !has("rewrites_paths"),
+        Ability::OwnProcesses => !has("shares_host"),
+    };
+    (!can).then(|| format!("the server says that provider `{}` lacks {ability}", provider.name))
 }
 
 #[async_trait]
@@ -66,25 +83,7 @@ impl Target for ServerTarget {
     }
 
     fn lacks(&self, ability: Ability) -> Option<String> {
-        let has = match ability {
-            Ability::Programs => !self.has("imitated"),
-            Ability::Terminal => self.has("pty"),
-            Ability::Watch => self.has("watch"),
-            Ability::Sockets => return Some("the REST API has no call that dials a unix socket".to_owned()),
-            Ability::Dial | Ability::Ports => self.has("dial"),
-            Ability::Usage => self.has("stats"),
-            Ability::OutlivesOom => !self.has("oom_ends_sandbox"),
-            Ability::Bytes => !self.falls_short("text_only"),
-            Ability::FileDetails => !self.falls_short("plain_files"),
-            Ability::Archives => !self.falls_short("no_archives"),
-            Ability::LiveOutput => !self.falls_short("late_output"),
-            Ability::Users => !self.falls_short("one_user"),
-            Ability::Failures => !self.falls_short("plain_failures"),
-            Ability::Limits => !self.falls_short("loose_limits"),
-            Ability::ExactFiles => !self.has("rewrites_paths"),
-            Ability::OwnProcesses => !self.has("shares_host"),
-        };
-        (!has).then(|| format!("the server says that provider `{}` lacks {ability}", self.provider.name))
+        lack_of(&self.provider, ability)
     }
 
     async fn create(&self, order: &Order) -> Result<SandboxId, TargetError> {
