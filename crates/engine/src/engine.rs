@@ -200,8 +200,8 @@ impl Engine {
 
     /// The same for a request to the port itself, which names no caller: an
     /// error when the sandbox cannot be reached now.
-    pub fn reachable_port(&self, id: &SandboxId, port: u16) -> Result<Option<PortAccess>, EngineError> {
-        self.shared.reachable_port(id, port)
+    pub async fn reachable_port(&self, id: &SandboxId, port: u16) -> Result<Option<PortAccess>, EngineError> {
+        self.shared.reachable_port(id, port).await
     }
 
     /// A key made from the server's secret, for signatures of the server's own.

@@ -145,6 +145,9 @@ impl EngineError {
                 | ProviderError::BadAnswer { hint, .. },
             ) => Some(hint.clone()),
             Self::Provider(ProviderError::Image { hint, .. } | ProviderError::Unavailable { hint, .. }) => hint.clone(),
+            Self::SandboxNotReady { id, state: SandboxState::Paused, reason: None } => {
+                Some(format!("resume it where it was paused, as with `docker unpause {id}`"))
+            }
             Self::SandboxNotReady { reason, .. } => reason.clone(),
             Self::SecretsUnresolved { .. } => {
                 Some("remove `secrets` from the template and pass the values in `env` instead".to_owned())

@@ -58,8 +58,9 @@ impl Shared {
     }
 
     /// The access of a port that can be reached now.
-    pub(crate) fn reachable_port(&self, id: &SandboxId, port: u16) -> Result<Option<PortAccess>, EngineError> {
+    pub(crate) async fn reachable_port(&self, id: &SandboxId, port: u16) -> Result<Option<PortAccess>, EngineError> {
         let record = self.record(id).ok_or_else(|| EngineError::SandboxNotFound(id.clone()))?;
+        self.look_again_if_paused(&record).await;
         record.check_usable()?;
         Ok(record.access_of(port))
     }

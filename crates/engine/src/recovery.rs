@@ -38,6 +38,14 @@ enum Occasion {
     Timer,
 }
 
+/// Calls of sandboxes that are said to be paused: whoever paused them outside of
+/// this server may have resumed them since.
+#[derive(Debug, Default)]
+pub(crate) struct SecondLook {
+    wanted: Notify,
+    taken: Notify,
+}
+
 /// Whether a runtime is on another machine, which may not answer for long.
 fn is_elsewhere(provider: &dyn Provider) -> bool {
     provider.capabilities().family == "remote_http"
@@ -87,6 +95,35 @@ impl Shared {
             self.sweep_all().await;
             ticks.tick().await;
             self.reconcile(self.records_by_provider(), Occasion::Timer).await;
+        }
+    }
+
+    /// Waits until a sandbox that is said to be paused was looked at again.
+    pub(crate) async fn look_again_if_paused(&self, record: &Record) {
+        if record.state() == SandboxState::Paused {
+            let taken = self.second_look.taken.notified();
+            self.second_look.wanted.notify_one();
+            tokio::time::timeout(self.options.timing.ping_timeout, taken).await.ok();
+        }
+    }
+
+    /// Looks for those who wait, all at once, until the engine stops.
+    pub(crate) async fn keep_looking_at_paused(self: Arc<Self>) {
+        loop {
+            self.second_look.wanted.notified().await;
+            for (provider, mut records) in self.records_by_provider() {
+                records.retain(|record| record.state() == SandboxState::Paused);
+                if records.is_empty() {
+                    continue;
+                }
+                let listed = within("listing", self.options.timing.ping_timeout, provider.list()).await;
+                let Ok(listed) = listed else { continue };
+                for record in &records {
+                    let found = listed.iter().find(|sandbox| sandbox.id == record.id).map(|sandbox| sandbox.state);
+                    self.settle_running(record, SandboxState::Paused, found).await;
+                }
+            }
+            self.second_look.taken.notify_waiters();
         }
     }
 

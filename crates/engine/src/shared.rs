@@ -21,6 +21,7 @@ use crate::lifecycle::{Effect, Happening};
 use crate::metrics::Metrics;
 use crate::quota::Quotas;
 use crate::record::Record;
+use crate::recovery::SecondLook;
 use crate::store::{OperationRow, Store};
 use crate::token::agent_token;
 use crate::{Caller, EngineError, EngineOptions, Keys};
@@ -39,6 +40,7 @@ pub(crate) struct Shared {
     pub(crate) admission: Arc<Admission>,
     pub(crate) providers: BTreeMap<String, Arc<dyn Provider>>,
     pub(crate) health: HealthCache,
+    pub(crate) second_look: SecondLook,
     pub(crate) templates: RwLock<BTreeMap<String, Template>>,
     pub(crate) creates: Creates,
     pub(crate) keys: Keys,
@@ -122,6 +124,7 @@ impl Shared {
 
     /// The way into a sandbox that can be worked with.
     pub(crate) async fn session(&self, record: &Record) -> Result<Arc<dyn Session>, EngineError> {
+        self.look_again_if_paused(record).await;
         record.check_usable()?;
         self.connect(record).await
     }

@@ -16,6 +16,7 @@ use crate::health::HealthCache;
 use crate::idempotency::Creates;
 use crate::metrics::Metrics;
 use crate::quota::Quotas;
+use crate::recovery::SecondLook;
 use crate::shared::Shared;
 use crate::store::Store;
 use crate::{EngineError, EngineOptions, Keys};
@@ -51,6 +52,7 @@ pub(crate) async fn start(
         admission,
         providers,
         health: HealthCache::default(),
+        second_look: SecondLook::default(),
         templates: RwLock::new(templates.into_iter().map(|found| (found.name.clone(), found)).collect()),
         creates: Creates::default(),
         keys,
@@ -119,6 +121,7 @@ async fn begin_background_work(shared: &Arc<Shared>) {
     }
     let reaper = Arc::clone(shared);
     shared.spawn(reaper.reap());
+    shared.spawn(Arc::clone(shared).keep_looking_at_paused());
     let health = Arc::clone(shared);
     shared.spawn(async move { health.keep_checking().await });
     let retention = Arc::clone(shared);

@@ -32,6 +32,7 @@ mod table;
 mod tls;
 mod unread;
 mod utf8;
+mod x509;
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
@@ -159,8 +160,7 @@ pub(crate) struct Shared {
     pub(crate) sockets: TaskTracker,
     pub(crate) http_metrics: metrics::HttpMetrics,
     pub(crate) host_stats: host_stats::HostStats,
-    /// Where certificates come from a CA.
-    pub(crate) acme: Option<Arc<acme::Acme>>,
+    pub(crate) tls: Option<tls::Tls>,
     /// The API document's bytes.
     pub(crate) document: Bytes,
 }
@@ -180,7 +180,7 @@ impl App {
         options: ServerOptions,
         engine: Engine,
         listener: Listener,
-        acme: Option<Arc<acme::Acme>>,
+        tls: Option<tls::Tls>,
     ) -> Result<Self, ServerError> {
         Ok(Self(Arc::new(Shared {
             auth: auth::Authenticator::new(&options, engine.keys().clone()),
@@ -192,7 +192,7 @@ impl App {
             sockets: TaskTracker::new(),
             http_metrics: metrics::HttpMetrics::default(),
             host_stats: host_stats::HostStats::default(),
-            acme,
+            tls,
             document: openapi_json().into(),
             engine,
             options,

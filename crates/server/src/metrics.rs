@@ -251,7 +251,7 @@ impl EngineMetrics {
         writer.counter("stacyvm_dropped_log_entries", help, *dropped_log_entries)
     }
 
-    /// None where no CA is asked.
+    /// None where TLS is somebody else's.
     fn certificates(&self, writer: &mut Writer<'_>) -> fmt::Result {
         if self.certificates.is_empty() {
             return Ok(());
@@ -263,7 +263,7 @@ impl EngineMetrics {
         });
         writer.gauges("stacyvm_certificate_not_after_seconds", "When a certificate ends, in Unix time.", ends)?;
         let failures = self.certificates.iter().map(|state| (named(state), u64::from(state.failures)));
-        let help = "Tries in a row to have a certificate issued that failed.";
+        let help = "Tries in a row to have or to read another certificate that failed.";
         writer.gauges("stacyvm_certificate_failures", help, failures)
     }
 }

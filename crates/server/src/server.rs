@@ -59,14 +59,13 @@ impl Server {
         };
         let previews = options.preview.domain.as_deref().and_then(Domain::parse);
         let tls = options.tls.as_ref().map(|tls| Tls::open(tls, previews.as_ref())).transpose()?;
-        let acme = tls.as_ref().and_then(Tls::acme).cloned();
         let listener = Listener {
             scheme: scheme(tls.as_ref()),
             port: addresses(&main).first().map_or(options.port, SocketAddr::port),
             preview_port: addresses(&preview_paths).first().map(SocketAddr::port),
             beyond_loopback: beyond_loopback.is_some(),
         };
-        let app = App::new(options, engine, listener, acme)?;
+        let app = App::new(options, engine, listener, tls.clone())?;
         app.auth.check()?;
         if let (Some(address), true) = (beyond_loopback, app.auth.is_open()) {
             return Err(ServerError::OpenBeyondLoopback { host: app.options.host.clone(), address: address.ip() });

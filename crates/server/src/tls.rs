@@ -20,10 +20,11 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::ServerError;
-use crate::acme::{Acme, AcmeOptions, CHALLENGE_PROTOCOL};
+use crate::acme::{Acme, AcmeOptions, CHALLENGE_PROTOCOL, CertificateState, time_of};
 use crate::edge::random_uuid;
 use crate::error::ApiError;
 use crate::preview::Domain;
+use crate::x509::Facts;
 
 /// A client that does not finish the handshake by then is sent away.
 pub(crate) const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
@@ -64,18 +65,20 @@ pub enum TlsError {
 }
 
 impl TlsFiles {
-    /// Whether a server could use what is in them.
-    pub fn check(&self) -> Result<(), TlsError> {
-        load(self).map(drop)
+    /// Whether a server could use what is in them, and until when.
+    pub fn check(&self) -> Result<Option<SystemTime>, TlsError> {
+        Ok(facts(&load(self)?).map(|facts| facts.not_after))
     }
 }
 
 /// TLS as the listeners speak it.
+#[derive(Clone)]
 pub(crate) struct Tls {
     source: Source,
     pub(crate) acceptor: TlsAcceptor,
 }
 
+#[derive(Clone)]
 enum Source {
     Files(Arc<Certificate>),
     Acme(Arc<Acme>),
@@ -97,10 +100,10 @@ impl Tls {
         Ok(Self { source, acceptor: acceptor(resolver, challenges)? })
     }
 
-    pub(crate) fn acme(&self) -> Option<&Arc<Acme>> {
+    pub(crate) fn certificates(&self) -> Vec<CertificateState> {
         match &self.source {
-            Source::Files(_) => None,
-            Source::Acme(acme) => Some(acme),
+            Source::Files(certificate) => vec![certificate.state()],
+            Source::Acme(acme) => acme.states(),
         }
     }
 
@@ -154,7 +157,14 @@ fn acceptor(resolver: Arc<dyn ResolvesServerCert>, challenges: Option<&[u8]>) ->
 struct Certificate {
     files: TlsFiles,
     current: RwLock<Arc<CertifiedKey>>,
-    seen: Mutex<Stamp>,
+    seen: Mutex<Seen>,
+}
+
+/// The files as they were looked at last.
+struct Seen {
+    stamp: Stamp,
+    /// Why they cannot be used.
+    refusal: Option<String>,
 }
 
 /// What tells a file from its next version.
@@ -162,7 +172,7 @@ type Stamp = [Option<(SystemTime, u64)>; 2];
 
 impl Certificate {
     fn read(files: TlsFiles) -> Result<Arc<Self>, TlsError> {
-        let seen = stamp(&files);
+        let seen = Seen { stamp: stamp(&files), refusal: None };
         let current = Arc::new(load(&files)?);
         Ok(Arc::new(Self { files, current: RwLock::new(current), seen: Mutex::new(seen) }))
     }
@@ -184,10 +194,10 @@ impl Certificate {
     fn refresh(&self) {
         let now = stamp(&self.files);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if now == *seen {
+        if now == seen.stamp {
             return;
         }
-        *seen = now;
+        *seen = Seen { stamp: now, refusal: None };
         match load(&self.files) {
             Ok(fresh) => {
                 *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
@@ -195,14 +205,34 @@ impl Certificate {
             }
             // The two files are written one after the other: the next look
             // finds both.
-            Err(error) => tracing::warn!(%error, "the new certificate cannot be used; the one before stays"),
+            Err(error) => {
+                tracing::warn!(%error, "the new certificate cannot be used; the one before stays");
+                seen.refusal = Some(error.to_string());
+            }
+        }
+    }
+
+    fn current(&self) -> Arc<CertifiedKey> {
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn state(&self) -> CertificateState {
+        let facts = facts(&self.current());
+        let last_error = self.seen.lock().unwrap_or_else(PoisonError::into_inner).refusal.clone();
+        CertificateState {
+            certificate: "files",
+            not_after: facts.as_ref().map(|facts| time_of(facts.not_after)),
+            names: facts.map(|facts| facts.names).unwrap_or_default(),
+            next_attempt: None,
+            failures: u32::from(last_error.is_some()),
+            last_error,
         }
     }
 }
 
 impl ResolvesServerCert for Certificate {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner)))
+        Some(self.current())
     }
 }
 
@@ -227,9 +257,41 @@ fn load(files: &TlsFiles) -> Result<CertifiedKey, TlsError> {
     Ok(CertifiedKey::from_der(chain, key, &ring::default_provider())?)
 }
 
+/// None of a certificate that only clients can read.
+fn facts(key: &CertifiedKey) -> Option<Facts> {
+    Facts::of(key.cert.first()?).ok()
+}
+
 fn stamp(files: &TlsFiles) -> Stamp {
     [&files.certificate, &files.key].map(|path| {
         let metadata = std::fs::metadata(path).ok()?;
         Some((metadata.modified().ok()?, metadata.len()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::generate_simple_self_signed;
+
+    use super::*;
+
+    #[test]
+    fn files_say_until_when_and_a_broken_one_is_a_failure() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = TlsFiles { certificate: directory.path().join("cert.pem"), key: directory.path().join("key.pem") };
+        let made = generate_simple_self_signed(["vm.example.com".to_owned()]).unwrap();
+        std::fs::write(&files.certificate, made.cert.pem()).unwrap();
+        std::fs::write(&files.key, made.signing_key.serialize_pem()).unwrap();
+        assert!(files.check().unwrap().unwrap() > SystemTime::now());
+        let certificate = Certificate::read(files.clone()).unwrap();
+        let sound = certificate.state();
+        assert!(sound.not_after.is_some() && sound.failures == 0, "{sound:?}");
+        assert_eq!(sound.names, ["vm.example.com"]);
+
+        std::fs::write(&files.certificate, "broken").unwrap();
+        certificate.refresh();
+        let broken = certificate.state();
+        assert_eq!((broken.failures, broken.not_after), (1, sound.not_after), "the one before stays");
+        assert!(broken.last_error.is_some_and(|why| why.contains("holds no certificate")));
+    }
 }

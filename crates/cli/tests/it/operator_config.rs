@@ -100,6 +100,10 @@ async fn the_deployed_configuration_passes_for_production() {
     });
     let judged = judged.await.ok();
     assert!(judged.stdout().contains(" 0 failed"), "{judged}");
+    // It is written for a proxy, which it has to know of.
+    for key in ["server.trusted_proxies", "server.preview_url"] {
+        assert!(judged.stdout().contains(&format!("[PASS] {key}: ")), "{judged}");
+    }
 
     // It is no accident: one key less, and it fails.
     let weaker = text.replace("/etc/stacyvm/", &format!("{home}/")).replace("max_ttl: ", "max_ttl: 0s # ");

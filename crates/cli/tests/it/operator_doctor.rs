@@ -137,6 +137,8 @@ async fn a_server_of_tls_is_asked_over_tls_and_says_so_to_others() {
     .await
     .json();
     assert_eq!(check(&page, "server.ready")["status"], "PASS", "{}", check(&page, "server.ready"));
+    let soon = check(&page, "server.tls_cert_file");
+    assert!(soon["status"] == "WARN" && soon["message"].as_str().unwrap().ends_with("ends in 1 days"), "{soon}");
 
     let list = async |server: &str, trusted: &str| {
         let address = format!("{server}:{port}");
@@ -155,6 +157,21 @@ async fn a_server_of_tls_is_asked_over_tls_and_says_so_to_others() {
         let told = refused.stderr();
         assert!(told.contains(message) && told.contains(hint) && !told.contains("stacyvm serve"), "{refused}");
     }
+    // The server keeps the one that it has, and no other would start.
+    let sound = std::fs::read(file("cert.pem")).expect("the certificate");
+    let garbage = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    std::fs::write(file("cert.pem"), garbage).expect("written");
+    let sick = doctor(&site, &["--json"], |doctor| {
+        doctor.env("STACYVM_SERVER_PORT", &port);
+        tls(doctor);
+    })
+    .await;
+    assert_eq!(sick.status(), Some(1), "{sick}");
+    let page: Value = serde_json::from_str(sick.stdout()).expect("JSON");
+    let said = check(&page, "config");
+    assert!(said["status"] == "FAIL" && said["place"] == "server.tls_cert_file", "{said}");
+    std::fs::write(file("cert.pem"), sound).expect("written");
+
     let plain = Server::start(&Site::new(), &[]).await;
     let refused = site.run(&["list", "--server", &plain.url.replace("http:", "https:")]).await.failed(1);
     assert!(refused.stderr().contains("write http://"), "{refused}");

@@ -17,11 +17,11 @@ async fn the_access_of_a_port_is_kept_over_a_crash() {
     engine.crash();
 
     let engine = host.engine().await;
-    assert_eq!(engine.reachable_port(&id, 3000).unwrap(), Some(PortAccess::Token));
-    assert_eq!(engine.reachable_port(&id, 8080).unwrap(), Some(PortAccess::Public));
-    assert_eq!(engine.reachable_port(&id, 8081).unwrap(), None);
+    assert_eq!(engine.reachable_port(&id, 3000).await.unwrap(), Some(PortAccess::Token));
+    assert_eq!(engine.reachable_port(&id, 8080).await.unwrap(), Some(PortAccess::Public));
+    assert_eq!(engine.reachable_port(&id, 8081).await.unwrap(), None);
     engine.destroy(&caller(), &id).await.unwrap();
-    assert!(matches!(engine.reachable_port(&id, 3000), Err(EngineError::SandboxNotFound(_))));
+    assert!(matches!(engine.reachable_port(&id, 3000).await, Err(EngineError::SandboxNotFound(_))));
 }
 
 #[tokio::test]

@@ -386,6 +386,31 @@ async fn a_sweep_that_takes_long_does_not_hold_up_the_start() {
     create(&engine).await;
 }
 
+#[tokio::test]
+async fn a_sandbox_that_was_resumed_elsewhere_works_with_the_next_call() {
+    let host = Host::new();
+    let engine = host.engine().await;
+    let id = create(&engine).await.id;
+    settle(&engine).await;
+    drop(engine);
+    host.mock.pause(&id).await.unwrap();
+    let engine = host.engine().await;
+    eventually("it is found paused", || state(&engine, &id) == Some(SandboxState::Paused)).await;
+    let refused = engine.exec(&caller(), &id, sh("true")).await.unwrap_err();
+    assert!(refused.hint().is_some_and(|hint| hint.contains("unpause")), "{refused:?}");
+    assert!(engine.reachable_port(&id, 3000).await.is_err());
+
+    host.mock.resume(&id).await.unwrap();
+    assert_eq!(engine.reachable_port(&id, 3000).await.unwrap(), None);
+    host.mock.pause(&id).await.unwrap();
+    drop(engine);
+    let engine = host.engine().await;
+    eventually("it is found paused again", || state(&engine, &id) == Some(SandboxState::Paused)).await;
+    host.mock.resume(&id).await.unwrap();
+    assert_eq!(run(&engine, &id, "echo here").await.stdout, "here\n");
+    assert_eq!(state(&engine, &id), Some(SandboxState::Running));
+}
+
 /// A runtime of another machine, which takes every call and answers none.
 struct Elsewhere;
 

@@ -13,6 +13,10 @@ use super::NAME;
 /// Of the daemon's words, what a log line or an answer takes.
 const MAX_MESSAGE_CHARS: usize = 512;
 
+/// What runsc says where it cannot set up its network stack, whatever network the
+/// container has.
+const GVISOR_WITHOUT_NETWORK: &str = "network enabled in root network namespace";
+
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DockerError {
     #[error("{operation}")]
@@ -121,8 +125,8 @@ impl DockerError {
                 self,
                 "see how the daemon's daemon.json defines the runtime of providers.docker.runtime".into(),
             ),
-            Self::Unstarted { ref runtime, .. } => {
-                let hint = format!("`docker run --rm --runtime {runtime} IMAGE true` on the daemon's host has to work");
+            Self::Unstarted { ref runtime, ref why, .. } => {
+                let hint = unstarted_hint(runtime, why);
                 unavailable(self, hint)
             }
             Self::AgentEnded(_) | Self::AgentSilent(_) => unavailable(
@@ -144,6 +148,16 @@ impl DockerError {
             _ => ProviderError::Failed { operation, cause: self.into() },
         }
     }
+}
+
+fn unstarted_hint(runtime: &str, why: &str) -> String {
+    if why.contains(GVISOR_WITHOUT_NETWORK) {
+        return format!(
+            "gVisor's network stack does not work on the daemon's host: add \"--network=none\" to \"runtimeArgs\" of \
+             `{runtime}` in its daemon.json and restart the daemon; previews need no network"
+        );
+    }
+    format!("`docker run --rm --runtime {runtime} IMAGE true` on the daemon's host has to work")
 }
 
 pub(super) fn status(error: &ApiError) -> Option<u16> {
@@ -219,6 +233,22 @@ mod tests {
         let denied = "pull access denied for x, repository does not exist or may require 'docker login'";
         assert!(matches!(of(denied), ProviderError::Image { hint: Some(_), .. }));
         assert!(matches!(of("manifest for x:1 not found: manifest unknown"), ProviderError::Image { hint: None, .. }));
+    }
+
+    #[test]
+    fn what_gvisor_needs_without_a_network_is_named() {
+        let hint = |why: &str| {
+            let source = ApiError::DockerResponseServerError { status_code: 500, message: why.into() };
+            let source = Box::new(DockerError::api("start the container")(source));
+            let failed = DockerError::Unstarted { runtime: "runsc".into(), why: why.into(), source };
+            match failed.of_create("image") {
+                ProviderError::Unavailable { hint: Some(hint), .. } => hint,
+                other => panic!("{other:?}"),
+            }
+        };
+        let said = hint("starting container: cannot run with network enabled in root network namespace");
+        assert!(said.contains("--network=none") && said.contains("`runsc`"), "{said}");
+        assert!(hint("exec format error").contains("docker run --rm --runtime runsc"));
     }
 
     #[test]

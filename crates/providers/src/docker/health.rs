@@ -34,7 +34,7 @@ pub(super) async fn check(server: &Server) -> HealthReport {
     network(server, &mut report).await;
     seccomp(server, &facts, &mut report);
     storage(&facts, &mut report);
-    limits(&facts, &mut report);
+    limits(&facts, facts.promise_of(&server.options.runtime), &mut report);
     agent(server, &facts, &mut report);
     restarts(&facts, &mut report);
     report
@@ -170,7 +170,8 @@ fn storage(facts: &Facts, report: &mut HealthReport) {
     }
 }
 
-fn limits(facts: &Facts, report: &mut HealthReport) {
+fn limits(facts: &Facts, promise: Promise, report: &mut HealthReport) {
+    const NAME: &str = "docker.limits";
     let all = [
         ("memory", facts.memory_limit),
         ("swap", facts.swap_limit),
@@ -178,11 +179,17 @@ fn limits(facts: &Facts, report: &mut HealthReport) {
         ("process", facts.pids_limit),
     ];
     let missing: Vec<&str> = all.iter().filter(|(_, held)| !held).map(|(name, _)| *name).collect();
-    if missing.is_empty() {
-        report.ok("docker.limits", "memory, swap, cpu and process limits are enforced");
+    if missing.is_empty() && promise == Promise::Gvisor {
+        report.ok(
+            NAME,
+            "memory, swap and cpu limits are enforced; gVisor counts no processes: pids_limit bounds the sandbox as a \
+             whole",
+        );
+    } else if missing.is_empty() {
+        report.ok(NAME, "memory, swap, cpu and process limits are enforced");
     } else {
         report.warn(
-            "docker.limits",
+            NAME,
             format!("limits on {} cannot be enforced", missing.join(", ")),
             "give the daemon's host these control group controllers, or create sandboxes with allow_unenforced",
         );
@@ -217,5 +224,24 @@ fn restarts(facts: &Facts, report: &mut HealthReport) {
             "a restart of the daemon ends every sandbox",
             "set \"live-restore\": true in the daemon's daemon.json",
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_limits_that_the_runtime_keeps_are_said_to_be_enforced() {
+        let facts =
+            Facts { memory_limit: true, swap_limit: true, cpu_limit: true, pids_limit: true, ..Facts::default() };
+        let said = |promise| {
+            let mut report = HealthReport::default();
+            limits(&facts, promise, &mut report);
+            report.findings.remove(0).message
+        };
+        assert_eq!(said(Promise::HostKernel), "memory, swap, cpu and process limits are enforced");
+        let of_gvisor = said(Promise::Gvisor);
+        assert!(of_gvisor.starts_with("memory, swap and cpu limits are enforced; gVisor counts no"), "{of_gvisor}");
     }
 }

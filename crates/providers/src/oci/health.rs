@@ -43,13 +43,15 @@ pub(super) fn check_host() -> HealthReport {
     overlay(&mut report);
     let missing = cgroup::not_offered();
     if missing.is_empty() {
-        report.ok("oci.cgroup", "the host has the controllers memory, cpu and pids");
+        report.ok("oci.cgroup", "the host has the controllers memory, cpu and pids, and they can be written");
     }
     for (controller, reason) in missing {
         report.warn(
             &format!("oci.cgroup.{controller}"),
             format!("the {controller} limit cannot be enforced: {reason}"),
-            format!("mount a control group hierarchy that has {controller}"),
+            format!(
+                "mount a control group hierarchy that has {controller}, read-write; a container needs --privileged for it"
+            ),
         );
     }
     match network::nft() {

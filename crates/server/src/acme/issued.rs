@@ -2,14 +2,14 @@
 //! on disk or none.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
-use x509_parser::extensions::GeneralName;
-use x509_parser::prelude::{ASN1Time, FromDer as _, X509Certificate};
+
+use crate::x509::Facts;
 
 /// What a handshake needs, and what we have to know of it.
 #[derive(Clone)]
@@ -44,16 +44,7 @@ impl Issued {
         let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>()?;
         let key = PrivateKeyDer::from_pem_slice(pem)?;
         let first = chain.first().ok_or(UnusableCertificate::Empty)?;
-        let unreadable = |why: String| UnusableCertificate::Certificate(why);
-        let (_, certificate) = X509Certificate::from_der(first).map_err(|error| unreadable(error.to_string()))?;
-        let names = certificate.subject_alternative_name().map_err(|error| unreadable(error.to_string()))?;
-        let names = names.map(|names| names.value.general_names.as_slice()).unwrap_or_default();
-        let names = names.iter().filter_map(|name| match name {
-            GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
-            _ => None,
-        });
-        let (names, validity) = (names.collect(), certificate.validity());
-        let (not_before, not_after) = (time_of(validity.not_before), time_of(validity.not_after));
+        let Facts { names, not_before, not_after } = Facts::of(first).map_err(UnusableCertificate::Certificate)?;
         let key = Arc::new(CertifiedKey::from_der(chain, key, &ring::default_provider())?);
         Ok(Self { key, names, not_before, not_after })
     }
@@ -61,11 +52,6 @@ impl Issued {
     pub(super) fn covers(&self, names: &[String]) -> bool {
         names.iter().all(|name| self.names.contains(name))
     }
-}
-
-fn time_of(time: ASN1Time) -> SystemTime {
-    let seconds = u64::try_from(time.timestamp()).unwrap_or_default();
-    SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
 }
 
 #[cfg(test)]

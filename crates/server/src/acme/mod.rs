@@ -507,7 +507,7 @@ async fn sleep_until(due: SystemTime, closing: &CancellationToken) -> bool {
     !closing.is_cancelled()
 }
 
-fn time_of(time: SystemTime) -> Timestamp {
+pub(crate) fn time_of(time: SystemTime) -> Timestamp {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Timestamp::from_unix_ms(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }

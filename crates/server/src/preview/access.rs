@@ -224,6 +224,11 @@ pub(super) fn our_cookie(pair: &[u8]) -> Option<&[u8]> {
     name.trim_ascii().eq_ignore_ascii_case(COOKIE.as_bytes()).then(|| value.get(1..).unwrap_or_default().trim_ascii())
 }
 
+/// Browsers alone say how they came to make a request.
+pub(super) fn is_of_a_browser(headers: &HeaderMap) -> bool {
+    headers.contains_key(SEC_FETCH_MODE)
+}
+
 /// Somebody goes to the address, in a window or a frame.
 fn is_navigation(head: &Parts) -> bool {
     if !matches!(head.method, Method::GET | Method::HEAD) {

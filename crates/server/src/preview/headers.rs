@@ -31,12 +31,59 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     header::UPGRADE,
 ];
 
-/// Fields of an answer that reach beyond its own host.
-const BEYOND_THE_HOST: [HeaderName; 2] = [
+/// Fields of an answer whose effect is not its own host's alone.
+const BEYOND_THE_HOST: [HeaderName; 5] = [
     header::ALT_SVC,
     // Empties the cookies of the whole site, other guests' included.
     HeaderName::from_static("clear-site-data"),
+    // Has the browser report addresses, with the tokens that guests never see.
+    HeaderName::from_static("nel"),
+    // May bind the requests of a whole site to a session.
+    HeaderName::from_static("secure-session-registration"),
+    HeaderName::from_static("sec-session-registration"),
 ];
+
+/// Fields of an answer that a browser keeps for its origin or its host, which on
+/// the shared listener are other guests' too. What holds for one page or one
+/// answer alone (its policies, CORS, caching, links) may pass.
+const BEYOND_THE_PAGE: [&str; 27] = [
+    // Where to report to.
+    "report-to",
+    "reporting-endpoints",
+    // How to connect.
+    "strict-transport-security",
+    "public-key-pins",
+    "public-key-pins-report-only",
+    "expect-ct",
+    // What to send along.
+    "accept-ch",
+    "accept-ch-lifetime",
+    "critical-ch",
+    "use-as-dictionary",
+    // Who somebody is: a password typed for one guest goes to all.
+    "www-authenticate",
+    "authentication-info",
+    "proxy-authentication-info",
+    "set-cookie",
+    "set-cookie2",
+    "set-login",
+    "idp-signin-status",
+    "secure-session-challenge",
+    "sec-session-challenge",
+    // What else is kept.
+    "service-worker-allowed",
+    "origin-agent-cluster",
+    "shared-storage-write",
+    "observe-browsing-topics",
+    "attribution-reporting-register-source",
+    "attribution-reporting-register-trigger",
+    "attribution-reporting-register-os-source",
+    "attribution-reporting-register-os-trigger",
+];
+
+/// Schemes of credentials that browsers send by themselves, once they have them,
+/// to whatever is of the same origin.
+const AMBIENT_SCHEMES: [&str; 4] = ["basic", "digest", "negotiate", "ntlm"];
 
 /// What a guest's page may do on the listener that all of them share.
 const SANDBOX_POLICY: HeaderValue =
@@ -60,8 +107,11 @@ pub(super) fn for_guest(headers: &mut HeaderMap, origin: &Origin<'_>) {
     remove_hop_by_hop(headers);
     access::strip_secrets(headers);
     if origin.prefix.is_some() {
-        // All guests share the host's cookies there.
+        // All guests share what a browser keeps for the host.
         headers.remove(header::COOKIE);
+        if access::is_of_a_browser(headers) && has_ambient_credentials(headers) {
+            headers.remove(header::AUTHORIZATION);
+        }
     }
     if wants_trailers {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
@@ -119,7 +169,9 @@ pub(super) fn for_browser(headers: &mut HeaderMap, prefix: Option<&str>) {
     match prefix {
         None => confine_cookies(headers),
         Some(prefix) => {
-            headers.remove(header::SET_COOKIE);
+            for name in BEYOND_THE_PAGE {
+                headers.remove(name);
+            }
             move_location(headers, prefix);
             confine_page(headers);
         }
@@ -169,6 +221,13 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
     for name in named.iter().chain(&HOP_BY_HOP) {
         headers.remove(name);
     }
+}
+
+fn has_ambient_credentials(headers: &HeaderMap) -> bool {
+    headers.get_all(header::AUTHORIZATION).iter().any(|value| {
+        let scheme = value.as_bytes().split(|byte| *byte == b' ').next().unwrap_or_default();
+        AMBIENT_SCHEMES.iter().any(|known| scheme.eq_ignore_ascii_case(known.as_bytes()))
+    })
 }
 
 /// A guest sets cookies for its own host only, and never ours.

@@ -314,7 +314,7 @@ async fn serve(app: &App, visit: &Visit<'_>, request: Request<Incoming>) -> Resp
 async fn answer(app: &App, visit: &Visit<'_>, mut request: Request<Incoming>) -> Result<Response, ApiError> {
     let address = &visit.address;
     check_target(address, request.method())?;
-    let access = access(app.engine.reachable_port(&address.id, address.port)?, &app.auth);
+    let access = access(app.engine.reachable_port(&address.id, address.port).await?, &app.auth);
     let upgrade = hyper::upgrade::on(&mut request);
     let (head, body) = request.into_parts();
     let (signer, keys) = (&app.previews.signer, app.engine.keys());

@@ -17,6 +17,7 @@ use crate::metrics::{OPEN_METRICS, Scrape, TEXT_FORMAT};
 use crate::options::RateLimitOptions;
 use crate::rate_limit::RateLimiter;
 use crate::reply::Reply;
+use crate::tls::Tls;
 
 /// A reading of everything takes at most this long (control-plane 2.14).
 const DIAGNOSTICS_DEADLINE: Duration = Duration::from_secs(3);
@@ -144,16 +145,16 @@ pub(super) async fn diagnostics(State(app): State<App>) -> Answer<Value> {
     if let Some(error) = &store.error {
         body["store"]["error"] = json!(error);
     }
-    if app.acme.is_some() {
+    if app.tls.is_some() {
         body["certificates"] = json!(certificates(&app));
     }
     merge(&mut body, common(&app, &snapshot));
     Ok(Reply::ok(body))
 }
 
-/// Those that a CA issues to this server.
+/// Those that this server shows.
 fn certificates(app: &App) -> Vec<CertificateState> {
-    app.acme.as_ref().map(|acme| acme.states()).unwrap_or_default()
+    app.tls.as_ref().map(Tls::certificates).unwrap_or_default()
 }
 
 /// What metrics and diagnostics have in common.

@@ -58,6 +58,57 @@ async fn what_a_guest_answers_stays_below_its_path() {
     is_confined(&answer);
 }
 
+/// Browsers keep these for the origin, which is every guest's.
+#[tokio::test]
+async fn what_a_guest_answers_is_kept_for_no_other_guest() {
+    let kept = [
+        ("NEL", r#"{"report_to":"g","max_age":9999,"success_fraction":1.0}"#),
+        ("Report-To", r#"{"group":"g","max_age":9999,"endpoints":[{"url":"https://collector.example"}]}"#),
+        ("Reporting-Endpoints", r#"g="https://collector.example""#),
+        ("WWW-Authenticate", r#"Basic realm="app""#),
+        ("Authentication-Info", "nextnonce=\"1\""),
+        ("Proxy-Authenticate", r#"Basic realm="app""#),
+        ("Strict-Transport-Security", "max-age=9999"),
+        ("Accept-CH", "Sec-CH-UA-Model"),
+        ("Service-Worker-Allowed", "/"),
+        ("Use-As-Dictionary", r#"match="/*""#),
+        ("Clear-Site-Data", r#""*""#),
+    ];
+    let mut head = String::from("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nPermissions-Policy: camera=()\r\n");
+    for (name, value) in kept {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    let preview = Preview::with_options(&Guest::answering(format!("{head}\r\n")).await, with_paths()).await;
+    let answer = preview.by_path("GET", &preview.path("/")).send().await;
+    assert_eq!(answer.status, 401);
+    for (name, _) in kept {
+        assert_eq!(answer.header(&name.to_lowercase()), None, "{name}");
+    }
+    assert_eq!(answer.header("permissions-policy"), Some("camera=()"), "what holds for one page passes");
+    let by_name = preview.request("GET", "/").send().await;
+    assert_eq!(by_name.header("www-authenticate"), Some(r#"Basic realm="app""#), "a host of its own has its own");
+    assert_eq!(by_name.header("nel"), None, "addresses hold tokens");
+}
+
+/// A browser sends what was typed for another guest; a program, what it was told.
+#[tokio::test]
+async fn credentials_of_a_browser_reach_no_guest_by_path() {
+    let preview = Preview::with_options(&Guest::echoing().await, with_paths()).await;
+    let seen = async |credentials: &str, is_browser: bool| {
+        let mut request = preview.by_path("GET", &preview.path("/")).header("Authorization", credentials);
+        if is_browser {
+            request = request.header("Sec-Fetch-Mode", "navigate");
+        }
+        field(request.send().await.text(), "authorization").map(str::to_owned)
+    };
+    assert_eq!(seen("Basic YTpi", false).await.as_deref(), Some("Basic YTpi"));
+    assert_eq!(seen("Bearer a", true).await.as_deref(), Some("Bearer a"), "a page's script writes that");
+    assert_eq!(seen("Basic YTpi", true).await, None);
+    let by_name =
+        preview.request("GET", "/").header("Authorization", "Basic YTpi").header("Sec-Fetch-Mode", "navigate");
+    assert_eq!(field(by_name.send().await.text(), "authorization"), Some("Basic YTpi"));
+}
+
 #[tokio::test]
 async fn the_listener_shows_previews_and_nothing_else() {
     let preview = Preview::with_options(&Guest::echoing().await, with_paths()).await;

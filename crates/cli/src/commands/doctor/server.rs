@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use stacyvm_api::Readiness;
 use stacyvm_client::Client;
-use stacyvm_server::{AcmeOptions, Life, StoredCertificate, stored_certificates};
+use stacyvm_server::{AcmeOptions, Life, StoredCertificate, TlsFiles, stored_certificates};
 
 use crate::check::{Check, Strictness};
 use crate::commands::Context;
@@ -23,6 +23,11 @@ const NO_SPACE_BYTES: u64 = 512 << 20;
 /// A sandbox takes a few descriptors of the server.
 const FEW_OPEN_FILES: u64 = 4096;
 
+const CERTIFICATE_FILE: &str = "server.tls_cert_file";
+
+/// A certificate that ends by then should have been renewed.
+const SOON: Duration = Duration::from_secs(14 * 24 * 60 * 60);
+
 /// How long a server that listens may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
@@ -34,7 +39,52 @@ pub(super) fn check(config: &Config, dir: &Path, environment: &Environment, stri
     if let Some(options) = acme_options(config, dir, environment) {
         checks.extend(certificates(&options, &config.server.preview_domain, dir, strictness));
     }
+    if let (Some(certificate), Some(key)) = (&config.server.tls_cert_file, &config.server.tls_key_file) {
+        checks.extend(certificate_files(&TlsFiles { certificate: certificate.clone(), key: key.clone() }));
+    }
     checks
+}
+
+/// Certificates that somebody else renews. What can be read and cannot be used is
+/// the configuration's to say.
+fn certificate_files(files: &TlsFiles) -> Option<Check> {
+    for (name, path) in [(CERTIFICATE_FILE, &files.certificate), ("server.tls_key_file", &files.key)] {
+        let shown = path.display();
+        match rustix::fs::access(path, rustix::fs::Access::READ_OK) {
+            Ok(()) if path.is_file() => {}
+            Ok(()) => return None,
+            Err(rustix::io::Errno::NOENT) => {
+                let message = format!("{shown} does not exist: the server will not start");
+                return Some(Check::fail(name, message, "put it there, or correct the setting"));
+            }
+            Err(error) => {
+                let message = format!("{shown} cannot be read by this user: {error}");
+                return Some(Check::warn(name, message, "run the server, and the doctor, as its owner"));
+            }
+        }
+    }
+    let end = files.check().ok()??;
+    Some(life(&files.certificate, end, SystemTime::now()))
+}
+
+fn life(file: &Path, end: SystemTime, now: SystemTime) -> Check {
+    const FIX: &str = "renew it and replace the files: a server that runs takes them in by itself";
+    let days = |span: Duration| span.as_secs() / (24 * 60 * 60);
+    let shown = file.display();
+    match end.duration_since(now) {
+        Err(error) => {
+            let message = format!("the certificate in {shown} ended {} days ago", days(error.duration()));
+            Check::fail(CERTIFICATE_FILE, message, FIX)
+        }
+        Ok(left) => {
+            let message = format!("the certificate in {shown} ends in {} days", days(left));
+            if left < SOON {
+                Check::warn(CERTIFICATE_FILE, message, FIX)
+            } else {
+                Check::pass(CERTIFICATE_FILE, message)
+            }
+        }
+    }
 }
 
 /// What a CA has issued to the server, and whether its program can be run.
@@ -294,6 +344,23 @@ mod tests {
         assert!(checks[1].status == Status::Warn && checks[1].message.contains("*.example.net"), "{checks:?}");
         assert_eq!(checks[2].status, Status::Pass);
         assert!(!options.state_dir.exists(), "it only looks");
+    }
+
+    #[test]
+    fn a_certificate_in_files_is_renewed_in_time() {
+        let (now, day) = (SystemTime::now(), Duration::from_secs(24 * 60 * 60));
+        for (end, status, said) in [
+            (now + 90 * day, Status::Pass, "ends in 90 days"),
+            (now + 13 * day, Status::Warn, "ends in 13 days"),
+            (now - 2 * day, Status::Fail, "ended 2 days ago"),
+        ] {
+            let check = life(Path::new("/cert.pem"), end, now);
+            assert!(check.status == status && check.message.ends_with(said), "{check:?}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let missing = TlsFiles { certificate: dir.path().join("cert.pem"), key: dir.path().join("key.pem") };
+        let check = certificate_files(&missing).unwrap();
+        assert!(check.status == Status::Fail && check.message.contains("does not exist"), "{check:?}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ impl Linter<'_> {
         self.allowed_hosts();
         self.origins();
         self.preview_domain();
+        self.proxy();
         self.acme();
     }
 
@@ -123,6 +124,35 @@ impl Linter<'_> {
     /// Names of one site with the API's are refused when the file is read.
     fn preview_domain(&mut self) {
         self.pass("server.preview_domain", "previews have a site of their own");
+    }
+
+    /// A server that only this machine reaches, under names that others use, has a
+    /// proxy in front.
+    fn proxy(&mut self) {
+        const TRUSTED: &str = "server.trusted_proxies";
+        const URL: &str = "server.preview_url";
+        let is_for_others = |host: &String| is_certifiable(site::bare(host));
+        if !is_loopback(self.settings.text("server.host")) || self.has_tls() {
+            return;
+        }
+        let shows_previews = is_for_others(&self.settings.text("server.preview_domain").to_owned());
+        if !shows_previews && !self.settings.list("server.allowed_hosts").iter().any(is_for_others) {
+            return;
+        }
+        if self.settings.list(TRUSTED).is_empty() {
+            let message = "callers behind the proxy all have its address: in the audit log, and where wrong keys of one \
+                           lock out the others";
+            self.warn(TRUSTED, message, "set it to the proxy's address, which sets X-Forwarded-For: [127.0.0.1]");
+        } else {
+            self.pass(TRUSTED, "callers have the address that the proxy says");
+        }
+        if shows_previews && self.settings.text(URL).is_empty() {
+            let domain = self.settings.text("server.preview_domain").split(':').next().unwrap_or_default();
+            let message = "links to previews name this server's own port and no TLS, which is not where the proxy is";
+            self.warn(URL, message, format!("set it to what the proxy shows: https://{domain}"));
+        } else if shows_previews {
+            self.pass(URL, "links to previews lead to the proxy");
+        }
     }
 
     pub(super) fn rate_limit(&mut self) {

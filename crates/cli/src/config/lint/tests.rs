@@ -154,6 +154,24 @@ fn previews_have_a_site_of_their_own() {
 }
 
 #[test]
+fn a_proxy_in_front_is_told_of() {
+    let named = "allowed_hosts: [vm.example.com], preview_domain: example-previews.com";
+    for key in ["server.trusted_proxies", "server.preview_url"] {
+        expect(key, HINT, &format!("server: {{{named}}}"));
+        let told = format!("{named}, trusted_proxies: [127.0.0.1], preview_url: 'https://example-previews.com'");
+        expect(key, FINE, &format!("server: {{{told}}}"));
+    }
+    expect("server.trusted_proxies", HINT, "server: {allowed_hosts: ['*.vm.example.com']}");
+    let without = ["", "server: {allowed_hosts: [box.localhost]}", &format!("server: {{host: 0.0.0.0, {named}}}")];
+    for quiet in without {
+        let checks = judge(quiet, Strictness::Production);
+        let of_proxies =
+            |check: &Check| ["server.trusted_proxies", "server.preview_url"].contains(&check.name.as_str());
+        assert!(!checks.0.iter().any(of_proxies), "{quiet}: {checks:#?}");
+    }
+}
+
+#[test]
 fn what_grows_has_a_bound() {
     expect("defaults.sandbox_caps", RISK, "");
     expect("defaults.sandbox_caps", RISK, "defaults: {max_sandboxes: 10}");

@@ -48,8 +48,8 @@ pub(super) fn controllers() -> (BTreeMap<Controller, Place>, BTreeMap<Controller
     let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let offered = |group: &Path| std::fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
     let top = |mount: &Path| if is_ordinary_user() { delegation::own_group(mount) } else { Some(mount.to_owned()) };
-    let found = parse(&mountinfo, top, offered);
-    let reason = if is_ordinary_user() {
+    let Hierarchies { found, read_only } = parse(&mountinfo, top, offered);
+    let nowhere = if is_ordinary_user() {
         "no control group hierarchy that has it is this user's"
     } else {
         "the host mounts no control group hierarchy that has it"
@@ -57,28 +57,44 @@ pub(super) fn controllers() -> (BTreeMap<Controller, Place>, BTreeMap<Controller
     let missing = Controller::ALL
         .into_iter()
         .filter(|controller| !found.contains_key(controller) && *controller != Controller::CpuAccounting)
-        .map(|controller| (controller, reason.to_owned()))
+        .map(|controller| {
+            let read_only = read_only.get(&controller);
+            let reason = read_only.map(|mount| format!("{} is mounted read-only", mount.display()));
+            (controller, reason.unwrap_or_else(|| nowhere.to_owned()))
+        })
         .collect();
     (found, missing)
 }
 
+/// Where each controller is.
+#[derive(Debug, Default)]
+struct Hierarchies {
+    found: BTreeMap<Controller, Place>,
+    /// Where nothing can be made, as in a container without privileges.
+    read_only: BTreeMap<Controller, PathBuf>,
+}
+
 /// `top` is the group of a v2 hierarchy below which ours go, if there is one.
-fn parse(
-    mountinfo: &str,
-    top: impl Fn(&Path) -> Option<PathBuf>,
-    offered: impl Fn(&Path) -> String,
-) -> BTreeMap<Controller, Place> {
-    let mut found = BTreeMap::new();
+fn parse(mountinfo: &str, top: impl Fn(&Path) -> Option<PathBuf>, offered: impl Fn(&Path) -> String) -> Hierarchies {
+    let Hierarchies { mut found, mut read_only } = Hierarchies::default();
     for line in mountinfo.lines() {
         let Some((place, kind)) = line.split_once(" - ") else { continue };
-        let (Some(mount), mut kind) = (place.split(' ').nth(4), kind.split(' ')) else { continue };
+        let mut fields = place.split(' ').skip(4);
+        let (Some(mount), Some(flags), mut kind) = (fields.next(), fields.next(), kind.split(' ')) else { continue };
         let mount = PathBuf::from(mount);
+        let mut add = |controller, place: Place| {
+            if flags.split(',').any(|flag| flag == "ro") {
+                read_only.entry(controller).or_insert_with(|| mount.clone());
+            } else {
+                // The first mount of a hierarchy serves.
+                found.entry(controller).or_insert(place);
+            }
+        };
         match (kind.next(), kind.nth(1)) {
             (Some("cgroup"), Some(options)) => {
                 for controller in Controller::ALL {
                     if options.split(',').any(|option| option == controller.name()) {
-                        // The first mount of a hierarchy serves.
-                        found.entry(controller).or_insert_with(|| Place::V1(mount.clone()));
+                        add(controller, Place::V1(mount.clone()));
                     }
                 }
             }
@@ -87,14 +103,14 @@ fn parse(
                 let offered = offered(&top);
                 for controller in Controller::ALL {
                     if offered.split_whitespace().any(|name| name == controller.name()) {
-                        found.entry(controller).or_insert_with(|| Place::V2(top.clone()));
+                        add(controller, Place::V2(top.clone()));
                     }
                 }
             }
             _ => {}
         }
     }
-    found
+    Hierarchies { found, read_only }
 }
 
 /// Makes `<mount>/<parent>/<instance>` and sees that the controller works there.
@@ -165,23 +181,38 @@ mod tests {
 
     #[test]
     fn each_controller_is_found_where_it_is() {
-        let found = parse(HYBRID, |mount| Some(mount.to_owned()), |_| "hugetlb pids\n".to_owned());
+        let Hierarchies { found, read_only } =
+            parse(HYBRID, |mount| Some(mount.to_owned()), |_| "hugetlb pids\n".to_owned());
         let v1 = |path: &str| Place::V1(format!("/sys/fs/cgroup/{path}").into());
         assert_eq!(found[&Controller::Memory], v1("memory"));
         assert_eq!(found[&Controller::Cpu], v1("cpu,cpuacct"));
         assert_eq!(found[&Controller::CpuAccounting], v1("cpu,cpuacct"));
         assert_eq!(found[&Controller::Pids], Place::V2("/sys/fs/cgroup/unified".into()));
+        assert!(read_only.is_empty());
+    }
+
+    #[test]
+    fn what_is_mounted_read_only_holds_no_limit() {
+        let contained = HYBRID.replace("/memory rw ", "/memory ro,nosuid ").replace("/unified rw ", "/unified ro ");
+        let all = |_: &Path| "memory pids".to_owned();
+        let Hierarchies { found, read_only } = parse(&contained, |mount| Some(mount.to_owned()), all);
+        assert_eq!(found.keys().copied().collect::<Vec<_>>(), [Controller::Cpu, Controller::CpuAccounting]);
+        assert_eq!(read_only[&Controller::Memory], Path::new("/sys/fs/cgroup/memory"));
+        assert_eq!(read_only[&Controller::Pids], Path::new("/sys/fs/cgroup/unified"));
+        let twice = format!("{contained}35 30 0:28 / /mnt/memory rw - cgroup cgroup rw,memory\n");
+        let found = parse(&twice, |mount| Some(mount.to_owned()), all).found;
+        assert_eq!(found[&Controller::Memory], Place::V1("/mnt/memory".into()), "another mount of it can be written");
     }
 
     #[test]
     fn a_unified_host_has_all_on_v2_and_a_bare_one_nothing() {
         let unified = "29 24 0:25 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
         let offered = |_: &Path| "cpuset cpu io memory pids".to_owned();
-        let found = parse(unified, |mount| Some(mount.to_owned()), offered);
+        let found = parse(unified, |mount| Some(mount.to_owned()), offered).found;
         let v2 = Place::V2("/sys/fs/cgroup".into());
         assert_eq!(found.len(), 3);
         assert!(found.values().all(|place| *place == v2));
-        assert!(parse(unified, |_| None, offered).is_empty(), "a hierarchy of which nothing is ours");
-        assert!(parse("1 0 8:1 / / rw - ext4 /dev/sda rw\n", |_| None, |_| String::new()).is_empty());
+        assert!(parse(unified, |_| None, offered).found.is_empty(), "a hierarchy of which nothing is ours");
+        assert!(parse("1 0 8:1 / / rw - ext4 /dev/sda rw\n", |_| None, |_| String::new()).found.is_empty());
     }
 }

@@ -25,7 +25,7 @@ pub(crate) const CONTROLLER_FIX: &str =
 pub(crate) const DELEGATION_FIX: &str = "run the server as root, or on a host with cgroup v2 and systemd in a group that is this user's: \
      systemd-run --user --scope -p Delegate=yes stacyvm serve";
 
-/// Controllers that the host offers nowhere, and why. Changes nothing.
+/// Controllers that no writable hierarchy of the host has, and why. Changes nothing.
 pub(crate) fn not_offered() -> Vec<(&'static str, String)> {
     let (_, missing) = detect::controllers();
     missing.into_iter().map(|(controller, reason)| (controller.name(), reason)).collect()

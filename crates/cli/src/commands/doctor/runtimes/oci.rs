@@ -34,7 +34,7 @@ pub(super) async fn check(host: &Host) -> Vec<Check> {
 fn user(host: &Host) -> Check {
     const NAME: &str = "oci.user";
     if host.is_root {
-        return Check::pass(NAME, "root: limits are enforced and sandboxes can have a network");
+        return Check::pass(NAME, "root: sandboxes can have limits and a network, as far as the host has them");
     }
     Check::warn(
         NAME,
