@@ -37,7 +37,9 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId, live: Option<Ar
     directories.extend(record.iter().flat_map(|record| record.groups.clone()));
     if let Some(live) = live {
         let disk = hold_disk(&live);
-        directories.iter().for_each(|group| cgroup::unthrottle(group));
+        for group in &directories {
+            cgroup::unthrottle(group);
+        }
         end(id, live.init()).await?;
         if let Some(disk) = disk {
             runtime.let_go(disk);

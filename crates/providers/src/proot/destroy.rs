@@ -24,7 +24,9 @@ pub(super) async fn free(runtime: &Arc<Runtime>, id: &SandboxId) -> Result<(), P
     let mut directories = runtime.cgroups.directories(id.as_str());
     // The server may have been in another group when it made this one.
     directories.extend(record.iter().flat_map(|record| record.groups.clone()));
-    directories.iter().for_each(|group| cgroup::unthrottle(group));
+    for group in &directories {
+        cgroup::unthrottle(group);
+    }
     match (runtime.adopt(id)?, &record) {
         (Some(live), _) => members::end(&live, &sandbox).await?,
         (None, Some(record)) => members::end_stragglers(record, &sandbox).await?,
