@@ -1,5 +1,7 @@
 //! Previews by path, on a listener of their own.
 
+use std::fmt::Write as _;
+
 use serde_json::json;
 use stacyvm_server::{PreviewOptions, Secret, ServerOptions};
 
@@ -76,7 +78,7 @@ async fn what_a_guest_answers_is_kept_for_no_other_guest() {
     ];
     let mut head = String::from("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nPermissions-Policy: camera=()\r\n");
     for (name, value) in kept {
-        head.push_str(&format!("{name}: {value}\r\n"));
+        write!(head, "{name}: {value}\r\n").unwrap();
     }
     let preview = Preview::with_options(&Guest::answering(format!("{head}\r\n")).await, with_paths()).await;
     let answer = preview.by_path("GET", &preview.path("/")).send().await;

@@ -26,7 +26,7 @@ const FEW_OPEN_FILES: u64 = 4096;
 const CERTIFICATE_FILE: &str = "server.tls_cert_file";
 
 /// A certificate that ends by then should have been renewed.
-const SOON: Duration = Duration::from_secs(14 * 24 * 60 * 60);
+const SOON: Duration = Duration::from_hours(14 * 24);
 
 /// How long a server that listens may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
@@ -348,7 +348,7 @@ mod tests {
 
     #[test]
     fn a_certificate_in_files_is_renewed_in_time() {
-        let (now, day) = (SystemTime::now(), Duration::from_secs(24 * 60 * 60));
+        let (now, day) = (SystemTime::now(), Duration::from_hours(24));
         for (end, status, said) in [
             (now + 90 * day, Status::Pass, "ends in 90 days"),
             (now + 13 * day, Status::Warn, "ends in 13 days"),
