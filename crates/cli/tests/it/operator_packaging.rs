@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use stacyvm_api::ProcessStatus;
@@ -74,7 +75,11 @@ impl UnitGroup {
     }
 
     fn take(&self, pid: u32) {
-        fs::write(self.0.join("cgroup.procs"), pid.to_string()).expect("moved");
+        match fs::write(self.0.join("cgroup.procs"), pid.to_string()) {
+            // A helper that has done its work meanwhile.
+            Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => {}
+            moved => moved.expect("moved"),
+        }
     }
 
     fn members(&self) -> Vec<u32> {
