@@ -2,7 +2,12 @@
 # Runs every test there is. `make test` installs what they need first.
 #
 # Sandbox tests make real namespaces, mounts and control groups, so they need
-# root; one that cannot run fails and says why.
+# root; one that cannot run fails and says why. Docker is tested with a daemon of
+# the tests' own in any case; with
+#
+#   STACYVM_DOCKER_INTEGRATION=1 STACYVM_PROVIDERS_DEFAULT=docker make test
+#
+# the contract suite and the published SDK run once more, on docker.
 set -euo pipefail
 
 root="$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)"
@@ -35,6 +40,24 @@ scripts/make-test-image.sh "$image"
 
 step "The published Python SDK"
 scripts/test-sdk-python.sh "$program" "$image"
+
+if [ "${STACYVM_DOCKER_INTEGRATION:-}" = 1 ]; then
+    step "Docker: contract suite and the published Python SDK"
+    mkfifo "$work/commands"
+    # In a process group of its own, so that it outlives a Ctrl-C to clean up.
+    setsid crates/providers/tests/dockerd.sh "$work/docker" <"$work/commands" >"$work/answers" 2>&1 &
+    daemon=$!
+    exec 3>"$work/commands"
+    echo start >&3
+    until [ -s "$work/answers" ] || ! kill -0 "$daemon" 2>/dev/null; do sleep 0.2; done
+    grep -qx ok "$work/answers" || { cat "$work/answers" >&2; exit 1; }
+    export DOCKER_HOST="unix://$work/docker/docker.sock"
+    docker load --quiet --input "$image"
+    "$program" conformance --provider docker --data-dir "$work/docker-data"
+    STACYVM_TEST_PROVIDER=docker scripts/test-sdk-python.sh "$program" "$image"
+    exec 3>&-
+    wait "$daemon"
+fi
 
 # What `stacyvm certify --test-result` shows: of which commit this is true.
 printf '{"commit":"%s","status":"passed","finished_at":"%s","docker_integration":%s}\n' \
