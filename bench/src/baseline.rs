@@ -70,13 +70,15 @@ impl Contenders {
         Ok(Self(all))
     }
 
-    /// One run of each.
-    pub(crate) fn take_turns(&mut self) {
+    /// A turn of so many runs for each.
+    pub(crate) fn take_turns(&mut self, runs: usize) {
         for Contender { outcome, .. } in &mut self.0 {
-            let Ok((stopwatch, samples)) = outcome else { continue };
-            match stopwatch.run() {
-                Ok(sample) => samples.push(sample),
-                Err(error) => *outcome = Err(format!("{error:#}")),
+            for _ in 0..runs {
+                let Ok((stopwatch, samples)) = outcome else { break };
+                match stopwatch.run() {
+                    Ok(sample) => samples.push(sample),
+                    Err(error) => *outcome = Err(format!("{error:#}")),
+                }
             }
         }
     }

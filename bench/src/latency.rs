@@ -11,8 +11,8 @@ use crate::statistics::Spread;
 /// Not counted: they fill caches and connections.
 const WARM_UPS: usize = 5;
 
-/// So many of ours, then one of each other runtime: what else this machine does
-/// strikes all alike, and nobody has the others' caches alone.
+/// So many of ours, then as many of each other runtime: what else this machine
+/// does strikes all alike, and each finds its caches as warm as the others theirs.
 const TURN: usize = 4;
 
 pub(crate) struct Latency {
@@ -31,7 +31,7 @@ pub(crate) async fn measure(setup: &Setup, creates: usize, execs: usize) -> anyh
     let (mut create, mut first, mut destroy) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..WARM_UPS + creates {
         if round % TURN == 0 {
-            block_in_place(|| others.take_turns());
+            block_in_place(|| others.take_turns(TURN));
         }
         let start = Instant::now();
         let id = server.create().await?;
